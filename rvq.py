@@ -1,0 +1,216 @@
+"""Residual vector quantizer: a latent vector as K small integers (EnCodec, arXiv 2210.13438, section 3.2).
+
+    python rvq.py          # how K codebooks close in on random vectors, one after the other
+
+Codebook 1 names the entry nearest to the vector, codebook 2 the one nearest to what is left over, and so on:
+
+    r_1 = x        c_k = argmin_v |r_k - E_k[v]|        r_(k+1) = r_k - E_k[c_k]        x ~ E_1[c_1] + ... + E_K[c_K]
+
+Entries are not learnt by gradient. Each is the moving average of the vectors it was nearest to (van den Oord et
+al., arXiv 1711.00937, appendix A.1): N is the average count of an entry, A the average sum, and E = A / N.
+The gradient passes the quantizer unchanged ("straight through"), and a commitment loss pulls x to its entry.
+"""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from config import UserError
+
+KMEANS_SAMPLES = 64   # vectors per entry that k-means looks at, at most
+CHUNK = 2 ** 22       # distances held at a time (16 MB)
+
+
+class ResidualVectorQuantizer(nn.Module):
+    """K Euclidean codebooks of `card` entries of width Z, each quantising the rest that the one before left."""
+
+    def __init__(self, dimension: int, n_q: int, card: int, decay: float = 0.99, kmeans_init: bool = True,
+                 kmeans_iters: int = 50, threshold_dead: float = 2.0, q_dropout: bool = False,
+                 epsilon: float = 1e-5):
+        super().__init__()
+        self.q_dropout, self.kmeans_iters = q_dropout, kmeans_iters
+        self.codebooks = nn.ModuleList(Codebook(dimension, card, decay, kmeans_init, threshold_dead, epsilon)
+                                       for _ in range(n_q))
+
+    def forward(self, x, n_q: int | None = None):
+        """x (B, Z, T) -> quantized (B, Z, T), codes (B, K, T), commitment loss (mean over levels).
+
+        In training mode the codebooks learn from x: from that of all processes, so that two processes with half
+        a batch each end up with the codebooks of one process with the whole batch.
+        """
+        B, Z, T = x.shape
+        with torch.autocast(x.device.type, enabled=False):  # half precision would pick wrong neighbours
+            x = x.float()
+            residual = x.transpose(1, 2).reshape(B * T, Z)
+            if self.training:
+                rows = _joint_rows(B * T, x.device)
+                # Passes seen so far: k-means starts at 0, and they seed all draws. So every process draws alike,
+                # and a run that is resumed draws what it would have drawn.
+                passes = [int(n) for n in torch.cat([c.inited for c in self.codebooks]).tolist()]
+                if n_q is None and self.q_dropout:
+                    n_q = int(torch.randint(1, len(self.codebooks) + 1, (), generator=_generator(-1, passes[0])))
+            total, all_codes, losses = torch.zeros_like(residual), [], []
+            for k, codebook in enumerate(self._active(n_q)):
+                if self.training and passes[k] == 0:
+                    codebook.start(residual.detach(), self.kmeans_iters, rows, _generator(k, 0))
+                codes = codebook.nearest(residual)  # (B * T,)
+                entry = codebook.embed.float()[codes]
+                if self.training:
+                    codebook.learn(residual.detach(), codes, rows, _generator(k, passes[k] + 1))
+                losses.append(F.mse_loss(residual, entry))
+                residual, total = residual - entry, total + entry
+                all_codes.append(codes.view(B, T))
+            quantized = total.view(B, T, Z).transpose(1, 2)
+            # Straight through once, around the whole stack: the gradient with respect to x is the identity.
+            return x + (quantized - x).detach(), torch.stack(all_codes, 1), torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def encode(self, x, n_q: int | None = None):
+        """x (B, Z, T) -> codes (B, K, T), K = n_q or all."""
+        B, Z, T = x.shape
+        residual, codes = x.float().transpose(1, 2).reshape(B * T, Z), []
+        for codebook in self._active(n_q):
+            codes.append(codebook.nearest(residual))
+            residual = residual - codebook.embed.float()[codes[-1]]
+        return torch.stack(codes).view(-1, B, T).transpose(0, 1)  # (B, K, T)
+
+    def decode(self, codes):
+        """codes (B, K, T), K at most n_q -> sum of their entries (B, Z, T)."""
+        entries = sum(F.embedding(codes[:, k], book.embed) for k, book in enumerate(self._active(codes.shape[1])))
+        return entries.transpose(1, 2)
+
+    def _active(self, n_q):
+        if n_q is not None and not 1 <= n_q <= len(self.codebooks):
+            raise UserError(f"n_q = {n_q}: this quantizer has {len(self.codebooks)} codebooks, ask for 1 or more")
+        return self.codebooks[:n_q]
+
+
+class Codebook(nn.Module):
+    """`card` entries E (`embed`) with the moving averages of their sums A (`embed_avg`) and counts N.
+
+    `inited` counts training passes (0: the k-means start is still to come); other libraries just keep 1 there.
+    """
+
+    def __init__(self, dimension: int, card: int, decay: float, kmeans_init: bool, threshold_dead: float,
+                 epsilon: float):
+        super().__init__()
+        self.decay, self.threshold_dead, self.epsilon = decay, threshold_dead, epsilon
+        embed = torch.zeros(card, dimension) if kmeans_init else nn.init.kaiming_uniform_(torch.empty(card, dimension))
+        self.register_buffer("inited", torch.full((1,), 0.0 if kmeans_init else 1.0))
+        self.register_buffer("cluster_size", torch.zeros(card))
+        self.register_buffer("embed", embed)
+        self.register_buffer("embed_avg", embed.clone())
+
+    @torch.no_grad()
+    def nearest(self, x):
+        """x (n, Z) -> index of the nearest entry (n,)."""
+        return _nearest(x, self.embed.float())
+
+    @torch.no_grad()
+    def start(self, x, iters: int, rows, generator):
+        """First batch: entries become k-means centres of it (Lloyd's algorithm)."""
+        begin, end, total = rows
+        card = len(self.embed)
+        sampled = _draw(total, min(total, KMEANS_SAMPLES * card), generator).to(x.device)
+        mine = x[sampled[(sampled >= begin) & (sampled < end)] - begin]
+        centres = _pick(x, _draw(total, card, generator), rows)
+        for _ in range(iters):
+            counts, sums = _statistics(mine, _nearest(mine, centres), card)
+            centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
+        counts, _ = _statistics(x, _nearest(x, centres), card)
+        counts.clamp_(min=1)  # a centre without vectors keeps its place until it counts as dead
+        self.embed.copy_(centres)
+        self.cluster_size.copy_(counts)
+        self.embed_avg.copy_(centres * counts[:, None])  # A = E N; the original's A = E shrinks E at the next pass
+
+    @torch.no_grad()
+    def learn(self, x, codes, rows, generator):
+        """Moves the averages by one batch x (n, Z) with codes (n,), then restarts dead entries.
+
+        An entry is dead when its average count is below threshold_dead, or below a quarter of the mean count where
+        that is less: a batch of fewer vectors than 2 per entry would have all entries dead for good.
+        """
+        counts, sums = _statistics(x, codes, len(self.embed))
+        N = self.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        A = self.embed_avg.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        smoothed = (N + self.epsilon) / (N.sum() + len(N) * self.epsilon) * N.sum()  # Laplace: no division by 0
+        self.embed.copy_(A / smoothed[:, None])
+        self.inited += 1
+        if self.threshold_dead > 0:
+            mean = N.mean()
+            dead = N < (mean / 4).clamp(max=self.threshold_dead)
+            fresh = _pick(x, _draw(rows[-1], len(N), generator), rows)  # (card, Z): vectors of this batch
+            # Entry, sum and count restart together, as an entry of average use. The original replaces only the
+            # entry, and the next E = A / N of the same pass puts it back where nothing is.
+            self.embed.copy_(torch.where(dead[:, None], fresh, self.embed))
+            A.copy_(torch.where(dead[:, None], fresh * mean, A))
+            N.copy_(torch.where(dead, mean, N))
+
+
+# --- pieces ------------------------------------------------------------------------------------------------
+
+def _nearest(x, entries):
+    """argmin_v |x - e_v|^2 = argmax_v (x . e_v - |e_v|^2 / 2), some rows at a time. -> (n,)"""
+    bias = entries.square().sum(1) * -0.5
+    return torch.cat([F.linear(part, entries, bias).argmax(1) for part in x.split(max(1, CHUNK // len(entries)))])
+
+
+def _statistics(x, codes, card: int):
+    """Count (card,) and sum (card, Z) of the vectors of each entry, over all processes."""
+    both = x.new_zeros(card, x.shape[1] + 1)
+    both[:, 1:].index_add_(0, codes, x)
+    both[:, 0] = torch.bincount(codes, minlength=card)
+    _sum_over_processes(both)
+    return both[:, 0].clone(), both[:, 1:]
+
+
+def _world():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _sum_over_processes(tensor):
+    if _world() > 1:
+        dist.all_reduce(tensor)
+
+
+def _joint_rows(n: int, device):
+    """(begin, end, total): where this process' n rows lie in the joint batch of all processes."""
+    sizes = torch.zeros(_world(), device=device, dtype=torch.long)
+    sizes[dist.get_rank() if _world() > 1 else 0] = n
+    if _world() == 1:
+        return 0, n, n
+    _sum_over_processes(sizes)
+    end = int(sizes.cumsum(0)[dist.get_rank()])
+    return end - n, end, int(sizes.sum())
+
+
+def _pick(x, indices, rows):
+    """Rows of the joint batch, the same on every process. x: this process' (n, Z) -> (len(indices), Z)"""
+    begin, end, _ = rows
+    indices = indices.to(x.device)
+    mine = (indices >= begin) & (indices < end)
+    picked = x[(indices - begin).clamp(0, max(0, end - begin - 1))] * mine[:, None]
+    _sum_over_processes(picked)
+    return picked
+
+
+def _draw(total: int, n: int, generator):
+    """n random numbers below total, each at most once if there are enough."""
+    return torch.randperm(total, generator=generator)[:n] if total >= n else \
+        torch.randint(total, (n,), generator=generator)
+
+
+def _generator(codebook: int, step: int):
+    return torch.Generator().manual_seed(1_000_003 * (codebook + 2) + step)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    rvq, vectors = ResidualVectorQuantizer(dimension=16, n_q=6, card=256), torch.randn(1, 16, 8192)
+    for _ in range(30):
+        rvq(vectors)
+    codes = rvq.eval().encode(vectors)
+    print(f"vectors {tuple(vectors.shape)} -> codes {tuple(codes.shape)}; the first one: {codes[0, :, 0].tolist()}")
+    for k in range(1, 7):
+        error = ((vectors - rvq.decode(codes[:, :k])) ** 2).mean() / (vectors ** 2).mean()
+        print(f"{k} codebooks  error {100 * error:5.1f} %  {'#' * round(60 * float(error))}")
