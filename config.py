@@ -74,6 +74,7 @@ class Config:
     stem: str = "auto"                  # what chroma hears: "none", "hpss", "demucs"; "auto" takes demucs if installed
     n_eval_wavs: int = 100              # evaluation melodies come from this many other tracks, never its own
     melody_dropout: float = 0.5         # melody of an item dropped in training ("attribute dropout")
+    chroma_length: int = 0              # M, chroma frames of the prefix; 0: what segment_duration gives (235)
     null_melody: str = "zeros"          # "no melody" is: "zeros" (as in training), "c" (one-hot C: released models)
 
     # --- text conditioner ------------------------------------------------------------------------------
@@ -165,6 +166,11 @@ class Config:
         for ratio in self.ratios:
             product *= ratio
         return product
+
+    @property
+    def chroma_frames(self) -> int:
+        """M: chroma frames of a training segment, the length that the melody prefix always has."""
+        return self.chroma_length or int(self.segment_duration * self.sample_rate) // (2 ** self.radix2_exp // 4) + 1
 
     @property
     def total_updates(self) -> int:
@@ -285,7 +291,7 @@ CHOICES = dict(
     optim=("dadam", "adamw", "muon"), sharding=("ddp", "fsdp"), channels=(1, 2))
 PROBABILITIES = ("melody_dropout word_dropout merge_text_p drop_desc_p drop_other_p dropout cfg_dropout top_p "
                  "lr_min_ratio").split()
-ZERO_OK = ("seed lstm q_dropout threshold_dead top_k temperature cfg_coef lora_rank warmup max_norm weight_decay adv feat l1 "
+ZERO_OK = ("seed chroma_length lstm q_dropout threshold_dead top_k temperature cfg_coef lora_rank warmup max_norm weight_decay adv feat l1 "
            "msspec sc commit unquantised_steps decoder_only_steps sample_every valid_every save_every").split()
 
 

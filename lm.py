@@ -1,0 +1,614 @@
+"""The language model of MusicGen: a transformer over interleaved codebooks (MusicGen 2.2 - 2.4).
+
+    codes (B, K, T) --pattern--> sequence (B, K, S)          delay pattern, S = T + K steps
+       --K embeddings, summed--> (B, S, D)
+       --[melody | text] put in front (prefix), + positions--> (B, P + S, D)
+       --N layers: x += attention(norm(x)); [x += cross-attention(norm(x), text)]; x += feedforward(norm(x))-->
+       --K linear heads--> logits (B, K, S, V)               step s predicts the codes of step s + 1
+
+    python lm.py            # parameters of the paper's models, and a check that cached decoding equals the plain pass
+
+Training reads the whole sequence at once under a causal mask; `generate` runs it step by step with a cache of
+keys and values. Everything the mathematics needs is in `LMModel.forward`; the key/value cache touches it in two
+lines. Checkpoints of transformers and of the original enter and leave through one table of names at the end.
+"""
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import patterns
+from conditioners import Conditioners, Conditions
+from config import Config, UserError
+
+# --- the transformer -------------------------------------------------------------------------------------------
+
+
+def sinusoid(positions: torch.Tensor, dim: int, max_period: float) -> torch.Tensor:
+    """Positions (...) -> embeddings (..., dim): cosines in the first half, sines in the second.
+
+    cos(p / max_period ** (i / (dim/2 - 1))): the original's formula, which differs from "Attention is all you
+    need" in the order of the halves and the "- 1".
+    """
+    half = dim // 2
+    index = torch.arange(half, device=positions.device, dtype=torch.float32)
+    phase = positions[..., None].float() / max_period ** (index / (half - 1))
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: pairs of channels of x (B, H, S, E) turned by angles (B, S, E/2) (RoFormer, 3.2.2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]                             # (B, 1, S, E/2)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, one packed projection for query, key and value, no biases."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.heads, self.dropout = config.num_heads, config.dropout
+        width = config.dim // config.num_heads                                          # E
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        norm = config.qk_layer_norm
+        self.q_norm, self.k_norm = (nn.LayerNorm(width), nn.LayerNorm(width)) if norm else (nn.Identity(), nn.Identity())
+
+    def forward(self, x, angles=None, mask=None, cache=None):
+        """Causal self-attention. x (B, S, D); angles (B, S, E/2): rotary positions; mask: what `cache` wants."""
+        B, S, D = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)       # (B, H, S, E) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            x = cache.attend(q, k, v, mask)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.out(x.transpose(1, 2).reshape(B, S, D))
+
+    def keys_values(self, condition):
+        """Keys and values (B, H, P', E) of a condition (B, P', D), for `cross`."""
+        B, P, D = condition.shape
+        k, v = F.linear(condition, self.qkv.weight[D:]).view(B, P, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.k_norm(k), v
+
+    def cross(self, x, keys_values, mask=None):
+        """Cross-attention of x (B, S, D) to a condition; mask (B, P') bool. No positions, as in the original."""
+        B, S, D = x.shape
+        q = F.linear(x, self.qkv.weight[:D]).view(B, S, self.heads, -1).transpose(1, 2)  # (B, H, S, E)
+        mask = None if mask is None else mask[:, None, None]
+        x = F.scaled_dot_product_attention(self.q_norm(q), *keys_values, attn_mask=mask)
+        return self.out(x.transpose(1, 2).reshape(B, S, D))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: self-attention, cross-attention where the model has it, feed-forward."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim)
+        self.attn = Attention(config)
+        self.norm_cross = self.cross = None
+        if "cross" in (config.text, config.melody):
+            self.norm_cross = nn.LayerNorm(config.dim)
+            self.cross = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim)
+        self.ff1 = nn.Linear(config.dim, config.hidden_scale * config.dim, bias=False)
+        self.ff2 = nn.Linear(config.hidden_scale * config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, angles=None, mask=None, cache=None, cross=None, cross_mask=None):
+        x = x + self.dropout(self.attn(self.norm1(x), angles, mask, cache))
+        if self.cross is not None and cross is not None:
+            if not isinstance(cross, tuple):    # a condition; with a cache its keys and values, computed once
+                cross = self.cross.keys_values(cross)
+            x = x + self.dropout(self.cross.cross(self.norm_cross(x), cross, cross_mask))
+        return x + self.dropout(self.ff2(self.dropout(F.gelu(self.ff1(self.norm2(x))))))
+
+
+class LMModel(nn.Module):
+    """Transformer over K streams of codes with its conditioners (MusicGen 2.4)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.pattern = patterns.from_config(config)
+        self.special = config.card              # the token of the cells that hold no code
+        # one table for K codebooks: row k * (V + 1) + code
+        self.emb = nn.Embedding(config.n_q * (config.card + 1), config.dim)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.out_norm = nn.LayerNorm(config.dim)
+        self.heads = nn.Linear(config.dim, config.n_q * config.card, bias=False)        # K heads in one
+        self.conditioner = Conditioners(config)
+        self.checkpointing = config.checkpointing
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Truncated normal of std 1 / sqrt(inputs), in layer n divided by sqrt(2 n) ("current" depth scaling)."""
+        def init(weight, depth=None):
+            std = weight.shape[-1] ** -0.5 / (1 if depth is None else math.sqrt(2 * depth))
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+        init(self.emb.weight)
+        init(self.heads.weight)
+        for depth, layer in enumerate(self.layers, start=1):
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    init(module.weight, depth)
+
+    def embed(self, sequence: torch.Tensor) -> torch.Tensor:
+        """Sequence (B, K, S) of codes and special tokens -> sum of the K embeddings (B, S, D)."""
+        K = sequence.shape[1]
+        rows = torch.arange(K, device=sequence.device)[:, None] * (self.config.card + 1)
+        return self.emb(sequence + rows).sum(1)                                         # (B, K, S, D) -> (B, S, D)
+
+    def forward(self, sequence: torch.Tensor, conditions: Conditions = Conditions(), cache=None) -> torch.Tensor:
+        """Sequence (B, K, S) -> logits (B, K, S, V): row s is the prediction of step s + 1.
+
+        With a `cache`, the sequence continues what the cache has seen; the prefix enters at its first call.
+        """
+        B, K, S = sequence.shape
+        assert K == self.config.n_q, (K, self.config.n_q)
+        x = self.embed(sequence)                                                        # (B, S, D)
+        start = cache.steps if cache is not None else 0
+        if conditions.added is not None:
+            added = conditions.added
+            x = x + (added if added.shape[1] == 1 else added[:, start:start + S])
+        prefix = conditions.prefix if start == 0 else None
+        P = 0 if prefix is None else prefix.shape[1]
+        if P:
+            x = torch.cat([prefix.to(x.dtype), x], dim=1)                               # (B, P + S, D)
+        positions = self.positions(conditions, start, S, B, x.device)                   # (B, P + S)
+
+        angles = mask = None
+        if self.config.positional_embedding == "sin":
+            x = x + sinusoid(positions, self.config.dim, self.config.max_period).to(x.dtype)
+        else:
+            half = self.config.dim // self.config.num_heads // 2
+            angles = positions[..., None] / self.config.max_period ** (torch.arange(half, device=x.device) / half)
+        restore = None
+        if cache is not None:
+            mask = cache.begin(conditions, P, S)
+        elif P and conditions.prefix_mask is not None:
+            # padding moves to the end of its row, where causal attention cannot see it: no mask is needed
+            real = F.pad(conditions.prefix_mask, (0, S), value=True)                    # (B, P + S)
+            order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+            restore = order.argsort(dim=1)[:, P:, None].expand(-1, -1, x.shape[-1])
+            x = x.gather(1, order[..., None].expand_as(x))
+            angles = angles if angles is None else angles.gather(1, order[..., None].expand_as(angles))
+
+        for n, layer in enumerate(self.layers):
+            cross = conditions.cross if cache is None else cache.cross_keys_values(n, layer, conditions)
+            args = (x, angles, mask, cache and cache.layer(n), cross, conditions.cross_mask)
+            x = torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False) if (
+                self.checkpointing and self.training) else layer(*args)
+        if cache is not None:
+            cache.end(P, S)
+        # prefix positions are neither trained on nor returned
+        x = x.gather(1, restore) if restore is not None else x[:, P:]                   # (B, S, D)
+        logits = self.heads(self.out_norm(x))                                           # (B, S, K * V)
+        return logits.view(B, S, K, -1).transpose(1, 2)                                 # (B, K, S, V)
+
+    def positions(self, conditions: Conditions, start: int, S: int, B: int, device) -> torch.Tensor:
+        """Position of every frame of [prefix | sequence], (B, P + S), or of the sequence alone once start > 0.
+
+        "sin": counted from 0 at the first prefix frame, over the frames that an item has (the original counts
+        padding too, so there the length of the longest text shifts everybody). "rope": time in steps, so that a
+        melody frame has the position of the music it belongs to; text comes before time 0.
+        """
+        steps = torch.arange(start, start + S, device=device, dtype=torch.float32).expand(B, S)
+        if conditions.prefix is None:
+            return steps
+        mask = conditions.prefix_mask
+        if self.config.positional_embedding == "rope":
+            return steps if start else torch.cat([conditions.prefix_time.float().expand(B, -1), steps], dim=1)
+        P = conditions.prefix.shape[1]
+        if mask is None:
+            mask = torch.ones(B, P, dtype=torch.bool, device=device)
+        steps = steps + mask.sum(1, keepdim=True)
+        return steps if start else torch.cat([mask.cumsum(1).float() - 1, steps], dim=1)
+
+    # --- training: the loss -------------------------------------------------------------------------------------
+
+    def compute_predictions(self, codes: torch.Tensor, conditions: Conditions = Conditions(),
+                            keep_only_valid_steps: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (B, K, T) -> logits (B, K, T, V) aligned with them, and the mask (K, T) of those that exist.
+
+        keep_only_valid_steps drops the last steps, which the delays cause: the original trains so, and the last
+        d_k frames of codebook k are then never predicted.
+        """
+        T = codes.shape[-1]
+        sequence, _ = self.pattern.build(codes, self.special, keep_only_valid_steps)
+        return self.pattern.revert_logits(self(sequence, conditions), T, keep_only_valid_steps)
+
+    def loss(self, codes, texts=None, chroma=None, has_melody=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of codes (B, K, T) under their conditions: the mean over codebooks, and each (K,).
+
+        texts: B descriptions or None; chroma (B, M, Q), has_melody (B,): see `Conditioners`. The plain mean over
+        codebooks counts each alike, though later ones have fewer valid positions (as the original).
+        """
+        B, K, T = codes.shape
+        steps = self.pattern.steps(T, keep_only_valid_steps=True)
+        conditions = self.conditioner(texts or [None] * B, chroma, has_melody, steps)
+        logits, mask = self.compute_predictions(codes, conditions)
+        ce = codebook_cross_entropy(logits, codes, mask)
+        return ce.mean(), ce.detach()
+
+    # --- saving and loading: see "Checkpoints" below --------------------------------------------------------------
+
+    def save(self, directory):
+        """Writes config.json and model.safetensors (a frozen T5 is left out: the configuration names it)."""
+        from safetensors.torch import save_file
+        from pathlib import Path
+        from config import write_atomic
+        tensors = {key: value.contiguous() for key, value in self.state_dict().items()}
+        if "conditioner.text.t5.shared.weight" in tensors:
+            tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)    # the same tensor twice
+        write_atomic(Path(directory) / "model.safetensors", lambda path: save_file(tensors, path))
+        self.config.save(Path(directory) / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, dtype=None) -> "LMModel":
+        """Reads our directory, a transformers directory or hub id, or one in the original's format."""
+        return load_lm(name_or_dir, dtype)
+
+
+def codebook_cross_entropy(logits, codes, mask) -> torch.Tensor:
+    """logits (B, K, T, V), codes (B, K, T), mask (K, T) or (B, K, T) -> mean over valid positions, (K,)."""
+    B, K, T, V = logits.shape
+    assert codes.shape == (B, K, T)
+    mask = mask.expand(B, K, T)
+    # invalid logits are NaN, so that a wrong mask fails loudly: they must not reach the sum, nor its gradient
+    logits = torch.where(mask[..., None], logits.float(), 0.0)
+    ce = F.cross_entropy(logits.reshape(-1, V), codes.reshape(-1), reduction="none").view(B, K, T)
+    return (ce * mask).sum((0, 2)) / mask.sum((0, 2)).clamp(min=1)
+
+
+# --- generation ----------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Keys and values of every layer, allocated once for `steps` positions.
+
+    Keys are stored transposed, (B, H, E, steps): one query then reads memory in order. Padding of shorter texts
+    stays where it is, in the middle of its row, and is masked.
+    """
+
+    def __init__(self, config: Config, batch: int, steps: int, device, dtype):
+        H, E = config.num_heads, config.dim // config.num_heads
+        self.k = torch.zeros(config.num_layers, batch, H, E, steps, device=device, dtype=dtype)
+        self.v = torch.zeros(config.num_layers, batch, H, steps, E, device=device, dtype=dtype)
+        self.length = self.steps = 0            # positions filled; steps of the music among them
+        self.hidden = None                      # (B, 1, 1, P): -inf where the prefix is padding, 0 elsewhere
+        self.cross = {}
+        self.n = 0
+
+    def layer(self, n: int) -> "Cache":
+        """This cache, turned to layer n."""
+        self.n = n
+        return self
+
+    def begin(self, conditions: Conditions, P: int, S: int):
+        """The mask of this call's attention: (B, 1, 1 or P + S, length) to add to the scores, or None for none."""
+        assert self.length == 0 or S == 1, "a filled cache takes one step at a time"
+        if self.length == 0 and P and conditions.prefix_mask is not None and not conditions.prefix_mask.all():
+            hidden = torch.zeros(conditions.prefix_mask.shape, device=self.k.device, dtype=self.k.dtype)
+            hidden.masked_fill_(~conditions.prefix_mask, float("-inf"))
+            self.hidden = F.pad(hidden, (0, self.k.shape[-1] - P))[:, None, None]       # (B, 1, 1, steps)
+        if self.hidden is None:
+            return None
+        mask = self.hidden[..., :self.length + P + S]
+        if self.length == 0:
+            later = torch.full((P + S, P + S), float("-inf"), device=mask.device, dtype=mask.dtype).triu(1)
+            mask = mask + later
+            # a padding row may see nothing at all, which softmax turns into NaN: let it see itself
+            mask = mask.masked_fill(torch.eye(P + S, dtype=torch.bool, device=mask.device), 0.0)
+        return mask
+
+    def attend(self, q, k, v, mask):
+        """Store k, v (B, H, S, E) behind what is there, and attend from q (B, H, S, E) to all of it."""
+        S, start = q.shape[2], self.length
+        self.k[self.n, :, :, :, start:start + S] = k.transpose(2, 3)
+        self.v[self.n, :, :, start:start + S] = v
+        if start == 0:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        scores = q @ self.k[self.n, ..., :start + S] * q.shape[-1] ** -0.5              # (B, H, 1, length)
+        if mask is not None:
+            scores = scores + mask
+        return scores.softmax(-1) @ self.v[self.n, :, :, :start + S]
+
+    def cross_keys_values(self, n: int, layer: Layer, conditions: Conditions):
+        if conditions.cross is not None and n not in self.cross:
+            self.cross[n] = layer.cross.keys_values(conditions.cross)
+        return self.cross.get(n)
+
+    def end(self, P: int, S: int):
+        self.length += P + S
+        self.steps += S
+
+
+def sample(logits, uniform, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0) -> torch.Tensor:
+    """Logits (B, K, V) and uniform numbers (B, K) in [0, 1) -> codes (B, K).
+
+    Inverse transform sampling over the sorted entries: the draw depends on the item's own numbers alone, so a
+    batch, a device or a neighbour cannot change it. Temperature 0 or top_k 1 is greedy.
+    """
+    if temperature == 0 or top_k == 1:
+        return logits.argmax(-1)
+    V = logits.shape[-1]
+    values, index = (logits.float() / temperature).topk(min(top_k, V) if top_k else V, dim=-1)  # sorted
+    cumulative = values.softmax(-1).cumsum(-1)                                          # (B, K, top_k)
+    total = cumulative[..., -1]
+    if top_p:       # the entries before which less than top_p has been collected: the first is always one
+        inside = F.pad(cumulative, (1, -1)) < top_p
+        total = cumulative.masked_fill(~inside, 0.0).amax(-1)
+    rank = torch.searchsorted(cumulative, (uniform * total)[..., None], right=True).clamp(max=index.shape[-1] - 1)
+    return index.gather(-1, rank)[..., 0]
+
+
+def guide(conditional, null, guidance: float):
+    """Classifier-free guidance: null + guidance * (conditional - null)."""
+    return null + guidance * (conditional - null)
+
+
+def condition_passes(lm: LMModel, texts, T: int, chroma=None, has_melody=None, guidance=3.0, two_step=False):
+    """The conditions of the forward passes that one step of `generate` makes, for B texts and T frames.
+
+    One batch of 2B, conditional items first, then the same without text and melody (their null frames keep the
+    number of frames they replace); with two_step two batches of B, where the null text is a single frame;
+    with guidance 1 the conditional batch alone. Chroma (B, M, Q), has_melody (B,): see `Conditioners`.
+    """
+    steps, encode = lm.pattern.steps(T), lm.conditioner
+    if guidance == 1 or lm.config.text == lm.config.melody == "none":
+        return [encode(texts, chroma, has_melody, steps)]
+    if two_step:
+        return [encode(texts, chroma, has_melody, steps), encode([None] * len(texts), None, None, steps)]
+    return [encode(texts, chroma, has_melody, steps, guidance=True)]
+
+
+@torch.inference_mode()
+def generate(lm: LMModel, passes: list[Conditions], T: int, seeds: list[int], prompt=None, guidance: float = 3.0,
+             temperature: float = 1.0, top_k: int = 250, top_p: float = 0.0, progress=None) -> torch.Tensor:
+    """Codes (B, K, T), one item per seed, under the conditions of `condition_passes`.
+
+    prompt: codes (B, K, T0 < T) that the result begins with. guidance 1 is the conditional model, 0 the
+    unconditional one. progress(steps_done, steps) is called after every step.
+    """
+    device, B, K = lm.emb.weight.device, len(seeds), lm.config.n_q
+    rows = passes[0].batch if passes[0] != Conditions() else B
+    assert rows in (B, 2 * B), f"{rows} conditions for {B} items"
+    codes = torch.full((B, K, T), -1, device=device)                                    # -1: not known yet
+    T0 = 0
+    if prompt is not None:
+        T0 = prompt.shape[-1]
+        codes[..., :T0] = prompt.to(device)
+    sequence, real = lm.pattern.build(codes, lm.special)                                # (B, K, S), (K, S)
+    S = sequence.shape[-1]
+    uniform = [torch.rand(S, K, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniform = torch.stack(uniform).to(device)                                           # (B, S, K)
+    caches = [Cache(lm.config, rows, S + (0 if c.prefix is None else c.prefix.shape[1]), device, lm.emb.weight.dtype)
+              for c in passes]
+
+    first, previous = max(1, lm.pattern.first_step(T, T0)), 0
+    for step in range(first, S):
+        column = sequence[..., previous:step].repeat(rows // B, 1, 1)
+        logits = torch.cat([lm(column, c, cache)[:, :, -1] for c, cache in zip(passes, caches)])  # (rows, K, V)
+        if len(logits) == 2 * B:
+            logits = guide(*logits.float().chunk(2), guidance)
+        new = sample(logits, uniform[:, step], temperature, top_k, top_p)               # (B, K)
+        new = torch.where(real[:, step], new, lm.special)   # cells of the pattern without a code stay special
+        known = sequence[..., step]
+        sequence[..., step] = torch.where(known == -1, new, known)
+        previous = step
+        if progress is not None:
+            progress(step - first + 1, S - first)
+    codes, found = lm.pattern.revert(sequence, T, lm.special)
+    return codes
+
+
+# --- Checkpoints: names here, in transformers, in the original --------------------------------------------------------
+
+# {n} is the layer. Where we pack tensors that others keep apart, all their names are given, in the packed order.
+NAMES = [
+    # ours                               transformers                                             the original
+    ("emb.weight",                       "decoder.model.decoder.embed_tokens.{k}.weight",         "emb.{k}.weight"),
+    ("layers.{n}.norm1.{p}",             "decoder.model.decoder.layers.{n}.self_attn_layer_norm.{p}",
+                                                                                  "transformer.layers.{n}.norm1.{p}"),
+    ("layers.{n}.attn.qkv.weight",       "decoder.model.decoder.layers.{n}.self_attn.{qkv}_proj.weight",
+                                                                                  "transformer.layers.{n}.self_attn.in_proj_weight"),
+    ("layers.{n}.attn.out.weight",       "decoder.model.decoder.layers.{n}.self_attn.out_proj.weight",
+                                                                                  "transformer.layers.{n}.self_attn.out_proj.weight"),
+    ("layers.{n}.norm_cross.{p}",        "decoder.model.decoder.layers.{n}.encoder_attn_layer_norm.{p}",
+                                                                                  "transformer.layers.{n}.norm_cross.{p}"),
+    ("layers.{n}.cross.qkv.weight",      "decoder.model.decoder.layers.{n}.encoder_attn.{qkv}_proj.weight",
+                                                                                  "transformer.layers.{n}.cross_attention.in_proj_weight"),
+    ("layers.{n}.cross.out.weight",      "decoder.model.decoder.layers.{n}.encoder_attn.out_proj.weight",
+                                                                                  "transformer.layers.{n}.cross_attention.out_proj.weight"),
+    ("layers.{n}.norm2.{p}",             "decoder.model.decoder.layers.{n}.final_layer_norm.{p}",
+                                                                                  "transformer.layers.{n}.norm2.{p}"),
+    ("layers.{n}.ff1.weight",            "decoder.model.decoder.layers.{n}.fc1.weight",
+                                                                                  "transformer.layers.{n}.linear1.weight"),
+    ("layers.{n}.ff2.weight",            "decoder.model.decoder.layers.{n}.fc2.weight",
+                                                                                  "transformer.layers.{n}.linear2.weight"),
+    ("out_norm.{p}",                     "decoder.model.decoder.layer_norm.{p}",                  "out_norm.{p}"),
+    ("heads.weight",                     "decoder.lm_heads.{k}.weight",                           "linears.{k}.weight"),
+    ("conditioner.text.proj.{p}",        "enc_to_dec_proj.{p}",
+                                                          "condition_provider.conditioners.description.output_proj.{p}"),
+    ("conditioner.melody.proj.{p}",      "audio_enc_to_dec_proj.{p}",
+                                                          "condition_provider.conditioners.self_wav.output_proj.{p}"),
+]
+
+
+def name_table(config: Config, original: bool) -> dict[str, list[str]]:
+    """Our tensor names -> the foreign names of the tensors packed in each, in packed order, for this model."""
+    table = {}
+    for ours, transformers_name, original_name in NAMES:
+        if ".cross." in ours or "norm_cross" in ours:
+            if "cross" not in (config.text, config.melody):
+                continue
+        if ours.startswith("conditioner.text") and config.text == "none" or (
+                ours.startswith("conditioner.melody") and config.melody == "none"):
+            continue
+        theirs = original_name if original else transformers_name
+        for n in range(config.num_layers) if "{n}" in ours else [0]:
+            for p in ("weight", "bias") if "{p}" in ours else [""]:
+                parts = [theirs.format(n=n, p=p, k=k, qkv=qkv)
+                         for k in (range(config.n_q) if "{k}" in theirs else [0])
+                         for qkv in ("qkv" if "{qkv}" in theirs else " ")]
+                table[ours.format(n=n, p=p)] = parts
+    return table
+
+
+def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where) -> dict[str, torch.Tensor]:
+    """An iterable of (foreign name, tensor) -> our tensors, copied into place one by one as they are read."""
+    place = {name: (ours, i) for ours, parts in table.items() for i, name in enumerate(parts)}
+    packed, missing, surplus, wrong = {}, dict(place), [], []
+    for name, tensor in tensors:
+        if name not in place:
+            surplus.append(name)
+            continue
+        ours, i = place[name]
+        missing.pop(name, None)
+        rows = shapes[ours][0] // len(table[ours])
+        if tensor.shape != (rows, *shapes[ours][1:]):
+            wrong.append(f"{name} is {tuple(tensor.shape)}, not {(rows, *shapes[ours][1:])}")
+            continue
+        if ours not in packed:
+            packed[ours] = torch.empty(shapes[ours], dtype=dtype or tensor.dtype)
+        packed[ours][i * rows:(i + 1) * rows] = tensor
+    if missing or surplus or wrong:
+        raise UserError(f"{where}: does not fit its configuration; missing: {list(missing) or 'none'}; "
+                        f"not known: {surplus or 'none'}; of wrong shape: {wrong or 'none'}")
+    return packed
+
+
+def load_lm(name_or_dir, dtype=None) -> LMModel:
+    """LMModel from our directory, transformers' directory or hub id, or the original's format.
+
+    The model is made on the meta device and tensors are assigned as they are read, so that loading needs little
+    more memory than the weights. dtype: of the weights; None keeps the file's. Raises UserError, listing them,
+    for missing, surplus and misshapen tensors.
+    """
+    from encodec import load_strict, open_checkpoint, read_tensors
+    directory = open_checkpoint(name_or_dir)
+    config, origin = read_config(directory)
+    with torch.device("meta"):
+        lm = LMModel(config)
+    if origin == "ours":
+        tensors = dict(read_tensors(directory, dtype=dtype))
+        if "conditioner.text.t5.shared.weight" in tensors:      # one table, two names
+            name = "conditioner.text.t5.encoder.embed_tokens.weight"
+            tensors.setdefault(name, tensors["conditioner.text.t5.shared.weight"])
+    else:
+        shapes = {name: value.shape for name, value in lm.state_dict().items()}
+        skip = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.")
+        found = ((name, t) for name, t in read_tensors(directory) if not name.startswith(skip))
+        tensors = pack(found, name_table(config, origin == "original"), shapes, dtype, directory)
+    load_strict(lm, tensors, directory)
+    return lm.eval()
+
+
+def read_config(directory) -> tuple[Config, str]:
+    """Configuration and origin ("ours", "transformers", "original") of a model directory."""
+    from encodec import read_original
+    if (directory / "state_dict.bin").exists():
+        return config_from_original(read_original(directory / "state_dict.bin")[1], directory), "original"
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory}: no config.json and no state_dict.bin, so not a model of a known format")
+    try:
+        foreign = "model_type" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError, TypeError):
+        foreign = False
+    if foreign:
+        return config_from_transformers(directory), "transformers"
+    return Config.from_json(directory / "config.json"), "ours"
+
+
+def config_from_transformers(directory) -> Config:
+    """Config of a directory that holds transformers' musicgen or musicgen_melody."""
+    from transformers import AutoConfig
+    theirs = AutoConfig.from_pretrained(directory)
+    if theirs.model_type not in ("musicgen", "musicgen_melody"):
+        raise UserError(f"{directory}: holds a {theirs.model_type}, not a musicgen or musicgen_melody")
+    decoder, codec = theirs.decoder, theirs.audio_encoder
+    if decoder.activation_function != "gelu" or decoder.scale_embedding:
+        raise UserError(f"{directory}: a decoder with activation {decoder.activation_function}, scale_embedding "
+                        f"{decoder.scale_embedding} is none of MusicGen's (gelu, False)")
+    melody = theirs.model_type == "musicgen_melody"
+    K, channels = decoder.num_codebooks, decoder.audio_channels
+    values = dict(
+        channels=channels, sample_rate=codec.sampling_rate, ratios=tuple(codec.upsampling_ratios), codec=str(directory),
+        text="prepend" if melody else "cross", t5=str(directory), null_melody="c", melody="none",
+        dim=decoder.hidden_size, num_heads=decoder.num_attention_heads, num_layers=decoder.num_hidden_layers,
+        hidden_scale=decoder.ffn_dim // decoder.hidden_size, n_q=K, card=decoder.vocab_size,
+        delays=tuple(k // channels for k in range(K)))
+    if melody:
+        values |= dict(melody="prepend", n_chroma=theirs.num_chroma, chroma_length=theirs.chroma_length)
+        features = directory / "preprocessor_config.json"
+        if features.exists():
+            window = json.loads(features.read_text(encoding="utf-8")).get("n_fft", 16384)
+            values |= dict(radix2_exp=int(window).bit_length() - 1)
+    return Config(**values)
+
+
+def config_from_original(theirs: dict, directory) -> Config:
+    """Config from the YAML configuration in the original's state_dict.bin."""
+    model, conditioners = theirs["transformer_lm"], theirs.get("conditioners") or {}
+    delays = theirs["codebooks_pattern"]["delay"]["delays"]
+    text = next((c for c in conditioners.values() if c.get("model") == "t5"), None)
+    chroma = next((c["chroma_stem"] for c in conditioners.values() if c.get("model") == "chroma_stem"), None)
+    fuser = theirs.get("fuser") or {}
+
+    def fusion(name):
+        return next((how for how, key in (("prepend", "prepend"), ("cross", "cross"), ("sum", "sum"),
+                                          ("interpolate", "input_interpolate")) if name in (fuser.get(key) or [])), "none")
+    values = dict(
+        channels=theirs.get("channels", 1), sample_rate=theirs["sample_rate"], codec=str(directory),
+        segment_duration=float(theirs["dataset"]["segment_duration"]), null_melody="c",
+        text=fusion("description"), melody=fusion("self_wav"), t5=text["t5"]["name"] if text else "t5-base",
+        dim=model["dim"], num_heads=model["num_heads"], num_layers=model["num_layers"],
+        hidden_scale=model["hidden_scale"], n_q=model["n_q"], card=model["card"],
+        positional_embedding=model.get("positional_embedding", "sin"), delays=tuple(delays),
+        pattern=theirs["codebooks_pattern"]["modeling"])
+    if chroma:
+        values |= {key: chroma[key] for key in ("n_chroma", "radix2_exp", "argmax")}
+    if theirs.get("classifier_free_guidance"):
+        values["cfg_coef"] = float(theirs["classifier_free_guidance"]["inference_coef"])
+    return Config(**values)
+
+
+def demo():
+    torch.manual_seed(0)
+    print("parameters of the paper's models (language model with its projections; made without memory):")
+    for name in ("config/melody.py", "config/text.py"):
+        from config import load
+        with torch.device("meta"):
+            lm = LMModel(load([name]))
+        print(f"  {name:18} {sum(p.numel() for p in lm.parameters()) / 1e9:.2f} B")
+
+    config = Config(dim=64, num_heads=4, num_layers=3, card=32, t5="bytes", segment_duration=1.0)
+    lm = LMModel(config).eval()
+    T = 20
+    codes = torch.randint(config.card, (2, config.n_q, T))
+    passes = condition_passes(lm, ["slow flute", None], T, guidance=1)
+    with torch.no_grad():
+        sequence, _ = lm.pattern.build(codes, lm.special)
+        full = lm(sequence, passes[0])
+        cache = Cache(config, 2, sequence.shape[-1] + passes[0].prefix.shape[1], "cpu", torch.float32)
+        steps = [lm(sequence[..., s:s + 1], passes[0], cache) for s in range(sequence.shape[-1])]
+    error = (torch.cat(steps, 2) - full).abs().max()
+    print(f"\ncodes {tuple(codes.shape)} -> sequence {tuple(sequence.shape)} -> logits {tuple(full.shape)}")
+    print(f"step by step with the cache against all at once: largest difference {error:.1e}")
+    loss, ce = lm.loss(codes, ["slow flute", None])
+    print(f"cross-entropy per codebook, untrained: {[f'{x:.2f}' for x in ce.tolist()]} (uniform: {math.log(config.card):.2f})")
+    print("greedy continuation of the first 10 frames, codebook 1:",
+          generate(lm, passes, T, [0, 1], prompt=codes[..., :10], guidance=1, temperature=0)[0, 0].tolist())
+
+
+if __name__ == "__main__":
+    demo()
