@@ -1,0 +1,54 @@
+"""The text + melody model at a size that two CPU cores train: 5-second segments at 16 kHz.
+
+    python train.py config/tiny_codec.py
+    python data/prepare.py data/tunes/train --out data/prepared/train --config config/tiny.py
+    python train.py config/tiny.py
+
+The architecture is config/melody.py's: melody and text in front, delay pattern, guidance. What differs helps
+so small a model in so short a run: a byte-level T5 trained along instead of t5-base, and Muon.
+"""
+task = "lm"
+out_dir = "out/tiny"
+data_dir = "data/prepared"
+sample_rate = 16000
+segment_duration = 5.12        # s: 256 frames
+codec = "out/tiny_codec"
+ratios = (5, 4, 4, 4)
+n_q = 4
+card = 512
+
+radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
+stem = "hpss"
+melody_dropout = 0.1
+n_eval_wavs = 100
+
+t5 = "bytes"
+t5_dim = 128
+t5_layers = 2
+t5_heads = 4
+word_dropout = 0.05
+merge_text_p = 0.1
+drop_desc_p = 0.3
+drop_other_p = 0.5
+
+dim = 256
+num_heads = 4
+num_layers = 6
+dropout = 0.1
+cfg_dropout = 0.1
+
+batch_size = 8
+epochs = 6
+updates_per_epoch = 1000
+optim = "muon"
+lr = 0.02
+weight_decay = 0.0
+warmup = 50
+ema_decay = 0.99
+ema_every = 1
+valid_every = 500
+valid_batches = 8
+save_every = 200
+log_every = 20
+sample_every = 2000
+extend_stride = 3.2            # s
