@@ -1,20 +1,18 @@
 """Codebook patterns: how K parallel streams of codes become the one sequence a language model walks through.
 
-The codec gives K codes for every frame, and they depend on each other: codebook 2 refines what codebook 1
-left over. A pattern lays the K x T codes out in S columns; the model predicts one whole column per step, so
-the codes of a column are independent of each other given the columns before. MusicGen's choice, "delay",
-needs hardly more steps than frames and still lets codebook k of a frame see codebooks 1 ... k-1 of it
-(MusicGen, arXiv 2306.05284, section 2.2 and figure 1):
+The codec gives K codes for every frame, and codebook k refines what codebooks 1 ... k-1 left over. A pattern
+lays the K x T codes out in S columns; the model predicts a whole column per step, its codes independent of each
+other given the columns before. MusicGen's choice, "delay", needs hardly more steps than frames and still lets
+codebook k see the earlier codebooks of its frame (MusicGen, arXiv 2306.05284, section 2.2 and figure 1):
 
     step  s0 s1 s2 s3 s4 s5 s6 s7
-    k1     .  1  2  3  4  .  .  .       T = 4 frames, K = 4 codebooks, S = T + 4 columns
-    k2     .  .  1  2  3  4  .  .       a number is a frame, a dot is the special token
-    k3     .  .  .  1  2  3  4  .
-    k4     .  .  .  .  1  2  3  4       training keeps columns s0 ... s4, generation walks through all
+    k1     .  1  2  3  4  .  .  .       T = 4 frames, K = 4 codebooks, S = T + 4 columns;
+    k2     .  .  1  2  3  4  .  .       a number is a frame, a dot the special token;
+    k3     .  .  .  1  2  3  4  .       training keeps the columns s0 ... s4, generation
+    k4     .  .  .  .  1  2  3  4       walks through all of them
 
-    python patterns.py [T]              draws all five
-
-Shapes: codes (B, K, T), sequence (B, K, S), logits (B, K, S, V), masks (K, S) or (K, T), True for a real code.
+`python patterns.py [T]` draws all five. Shapes: codes (B, K, T), sequence (B, K, S), logits (B, K, S, V);
+masks (K, S) or (K, T) are True where there is a real code.
 """
 import sys
 from dataclasses import dataclass
@@ -39,11 +37,11 @@ class Pattern:
         Fewer codes than `T` (a prompt) fill the beginning of the T-frame layout.
         """
         assert T is None or codes.shape[2] <= T
-        return _take(codes, _frames(self, T or codes.shape[2], keep_only_valid_steps, codes.device), special)
+        return _take(codes, _tables(self, T or codes.shape[2], keep_only_valid_steps, codes.device)[0], special)
 
     def revert(self, sequence, T: int, special: int, keep_only_valid_steps=False):
         """Sequence (B, K, S) -> (codes (B, K, T), mask (K, T)); codes that are in no column become `special`."""
-        return _take(sequence, _columns(self, T, keep_only_valid_steps, sequence.device), special)
+        return _take(sequence, _tables(self, T, keep_only_valid_steps, sequence.device)[1], special)
 
     def revert_logits(self, logits, T: int, keep_only_valid_steps=False, fill=float("nan")):
         """Logits (B, K, S, V) -> (logits (B, K, T, V), mask (K, T)): the logits that predict each code.
@@ -51,12 +49,12 @@ class Pattern:
         Those stand one column before the code itself, because a column predicts the next one. What nothing
         predicts is NaN by default, so that a loss which ignores the mask cannot go unnoticed (as the original).
         """
-        lead = 0 if self.layout(T)[0] else 1  # without an initial empty column, nothing comes before
-        return _take(logits, _columns(self, T, keep_only_valid_steps, logits.device) - lead, fill)
+        lead = 0 if self.layout(1)[0] else 1  # without an initial empty column, nothing comes before
+        return _take(logits, _tables(self, T, keep_only_valid_steps, logits.device)[1] - lead, fill)
 
     def steps(self, T: int, keep_only_valid_steps=False) -> int:
         """S, the number of columns for T frames."""
-        return _frames(self, T, keep_only_valid_steps, torch.device("cpu")).shape[1]
+        return _tables(self, T, keep_only_valid_steps, torch.device("cpu"))[0].shape[1]
 
     def first_step(self, T: int, frame: int) -> int:
         """First column that holds any code of `frame`, S if none does: generation after a prompt starts there."""
@@ -66,23 +64,23 @@ class Pattern:
 
 @dataclass(frozen=True)
 class DelayPattern(Pattern):
-    """Codebook k runs delays[k] columns late. `empty_initial`: further empty columns at the start, -1 for no
-    empty column at all; `flatten_first`: so many frames are laid out one code per column first."""
+    """Codebook k runs delays[k] columns late. `empty_initial`: more empty columns at the start, -1 for none at
+    all; `flatten_first`: that many frames are laid out one code per column before the delayed part."""
     delays: tuple[int, ...]
     empty_initial: int = 0
     flatten_first: int = 0
 
     def layout(self, T):
-        columns = [[] for _ in range(1 + self.empty_initial)]
-        columns += [[(t, k)] for t in range(min(T, self.flatten_first)) for k in range(len(self.delays))]
-        for s in range(self.flatten_first, T + max(self.delays)):
-            columns.append([(s - delay, k) for k, delay in enumerate(self.delays) if s - delay >= self.flatten_first])
-        return columns
+        first, delays = self.flatten_first, list(enumerate(self.delays))
+        flat = [[(t, k)] for t in range(min(T, first)) for k, _ in delays]
+        end = T + max(self.delays, default=0)
+        rest = [[(s - d, k) for k, d in delays if s - d >= first] for s in range(first, end)]
+        return [[]] * (1 + self.empty_initial) + flat + rest
 
 
 @dataclass(frozen=True)
 class ParallelPattern(Pattern):
-    """All codebooks of a frame in one column: fastest, and blind to what they owe each other."""
+    """All codebooks of a frame in one column: fewest steps, and blind to what the codebooks owe each other."""
     n_q: int
 
     def layout(self, T):
@@ -92,33 +90,26 @@ class ParallelPattern(Pattern):
 @dataclass(frozen=True)
 class UnrollPattern(Pattern):
     """Flattening: a frame takes max(flattening) + 1 columns, codebook k stands in the one flattening[k] names.
-
-    Exact, and K times as long when every codebook has its own. Groups may be delayed by whole frames too;
-    codebooks that share a column must share their delay.
-    """
+    Nothing is assumed independent, at K times the steps. Codebooks of one column may be delayed together."""
     flattening: tuple[int, ...]
     delays: tuple[int, ...] = ()
 
     def layout(self, T):
         delays = self.delays or (0,) * len(self.flattening)
-        end = T + max(delays)
-        keyed = [(-1, [])]
-        for t in range(end):
+        columns = [(-1, [])]  # (sort key, cells)
+        for t in range(T + max(delays)):
             for inner in range(max(self.flattening) + 1):
                 group = [k for k, step in enumerate(self.flattening) if step == inner]
-                assert len({delays[k] for k in group}) <= 1, "codebooks in one column need one delay"
-                key = t + (delays[group[0]] if group else 0)
-                if key < end:
-                    keyed.append((key, [(t, k) for k in group]))
-        return [cells for _, cells in sorted(keyed)]  # at equal keys the delayed, older group comes first
+                assert len({delays[k] for k in group}) <= 1, "codebooks of one column need one delay"
+                columns.append((t + max((delays[k] for k in group), default=0), [(t, k) for k in group]))
+        # at equal keys the delayed column, which is of an older frame, comes first
+        return [cells for key, cells in sorted(columns) if key < T + max(delays)]
 
 
 @dataclass(frozen=True)
 class CoarseFirstPattern(Pattern):
-    """Codebook 1 of all frames first, then the others together, delayed by `delays` (K - 1 numbers); VALL-E's.
-
-    The fine codebooks see the coarse future, so T must be the same in training and generation.
-    """
+    """Codebook 1 of all frames, then the K - 1 others together, delayed by `delays` (as VALL-E). The fine
+    codebooks see the coarse future, so T must be the same in training and in generation."""
     delays: tuple[int, ...]
 
     def layout(self, T):
@@ -140,15 +131,12 @@ class MusicLMPattern(Pattern):
 def from_config(config) -> Pattern:
     """The pattern that `config.pattern`, `config.n_q` and `config.delays` name."""
     K = config.n_q
-    if config.pattern == "coarse_first" and K == 1:
-        raise UserError("pattern = 'coarse_first' needs two codebooks or more; use pattern = 'parallel' for n_q = 1")
-    return {"delay": DelayPattern(config.delays), "parallel": ParallelPattern(K),
-            "unroll": UnrollPattern(tuple(range(K))),
-            "coarse_first": CoarseFirstPattern((0,) * (K - 1)), "musiclm": MusicLMPattern(K)}[config.pattern]
+    return {"delay": DelayPattern(config.delays), "parallel": ParallelPattern(K), "musiclm": MusicLMPattern(K),
+            "unroll": UnrollPattern(tuple(range(K))), "coarse_first": CoarseFirstPattern((0,) * (K - 1))}[config.pattern]
 
 
 def _take(x, index, fill):
-    """x (B, K, N, ...), index (K, M) -> x[:, k, index[k, m]] as (B, K, M, ...), `fill` where that is outside; mask."""
+    """x (B, K, N, ...) -> x[:, k, index[k, m]] (B, K, M, ...), mask (K, M); `fill` where index is outside N."""
     K, N = x.shape[1:3]
     assert K == len(index), f"this pattern has {len(index)} codebooks, not {K}"
     mask = (index >= 0) & (index < N)
@@ -158,41 +146,30 @@ def _take(x, index, fill):
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a tensor made in inference mode could not serve training afterwards
-def _frames(pattern, T, keep_only_valid_steps, device):
-    """(K, S): the frame that stands in each cell, -1 for none."""
+@torch.inference_mode(False)  # tensors made in inference mode could not serve training afterwards
+def _tables(pattern, T, keep_only_valid_steps, device):
+    """The layout both ways: the frame in each cell (K, S), the column of each code (K, T); -1 for none."""
     layout = pattern.layout(T)
     s, t, k = torch.tensor([(s, t, k) for s, cells in enumerate(layout) for t, k in cells]).T
-    frames = torch.full((int(k.max()) + 1, len(layout)), -1)
-    frames[k, s] = t
     S = len(layout) - (int(t.max()) + 1 - T if keep_only_valid_steps else 0)
-    return frames[:, :S].to(device)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _columns(pattern, T, keep_only_valid_steps, device):
-    """(K, T): the column in which each code stands, -2 for none."""
-    frames = _frames(pattern, T, keep_only_valid_steps, torch.device("cpu"))
-    k, s = ((frames >= 0) & (frames < T)).nonzero().T
-    columns = torch.full((len(frames), T), -2)
-    columns[k, frames[k, s]] = s
-    return columns.to(device)
+    frames, columns = torch.full((int(k.max()) + 1, len(layout)), -1), torch.full((int(k.max()) + 1, T), -1)
+    frames[k, s] = t
+    real = (t < T) & (s < S)
+    columns[k[real], t[real]] = s[real]
+    return frames[:, :S].to(device), columns.to(device)
 
 
 def main(argv):
-    """Draws the five patterns for T frames and four codebooks, one row per codebook, as figure 1 of the paper."""
-    if len(argv) > 1 or argv and not argv[0].isdigit() or argv and not 1 <= int(argv[0]) <= 20:
+    """Draws the five patterns with four codebooks, a row per codebook, as figure 1 of the paper."""
+    if len(argv) > 1 or argv and not (argv[0].isdecimal() and 1 <= int(argv[0][:9]) <= 20):
         raise UserError(f"{' '.join(argv)}: give one number of frames from 1 to 20, such as `python patterns.py 4`")
-    T = int(argv[0]) if argv else 4
-    codes = torch.arange(1, T + 1).expand(1, 4, T)  # a code is drawn as the number of its frame
+    codes = torch.arange(1, int(argv[0] if argv else 4) + 1).expand(1, 4, -1)  # a code is drawn as its frame's number
     for pattern in (DelayPattern((0, 1, 2, 3)), ParallelPattern(4), UnrollPattern((0, 1, 2, 3)),
                     CoarseFirstPattern((0, 0, 0)), MusicLMPattern(4)):
         sequence, _ = pattern.build(codes, special=0)
-        print(f"{pattern}: {T} frames in {sequence.shape[2]} columns, s0 first")
-        for k, row in enumerate(sequence[0].tolist()):
-            print(f"  k{k + 1} " + "".join(f"{t or '.':>3}" for t in row))
-        print()
+        print(f"{type(pattern).__name__}: {codes.shape[2]} frames in {sequence.shape[2]} columns, s0 first")
+        for k, row in enumerate(sequence[0].tolist(), 1):
+            print(f"  k{k}" + "".join(f"{t or '.':>3}" for t in row))
 
 
 if __name__ == "__main__":
