@@ -494,20 +494,21 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
     more memory than the weights. dtype: of the weights; None keeps the file's. Raises UserError, listing them,
     for missing, surplus and misshapen tensors.
     """
-    from encodec import load_strict, open_checkpoint, read_tensors
+    from encodec import iter_tensors, load_strict, open_checkpoint
     directory = open_checkpoint(name_or_dir)
     config, origin = read_config(directory)
     with torch.device("meta"):
         lm = LMModel(config)
     if origin == "ours":
-        tensors = dict(read_tensors(directory, dtype=dtype))
+        tensors = dict(iter_tensors(directory, dtype=dtype))
         if "conditioner.text.t5.shared.weight" in tensors:      # one table, two names
             name = "conditioner.text.t5.encoder.embed_tokens.weight"
             tensors.setdefault(name, tensors["conditioner.text.t5.shared.weight"])
     else:
         shapes = {name: value.shape for name, value in lm.state_dict().items()}
+        foreign = iter_tensors(directory) if origin == "transformers" else read_original(directory / "state_dict.bin")[0]
         skip = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.")
-        found = ((name, t) for name, t in read_tensors(directory) if not name.startswith(skip))
+        found = ((name, t) for name, t in foreign if not name.startswith(skip))
         tensors = pack(found, name_table(config, origin == "original"), shapes, dtype, directory)
     load_strict(lm, tensors, directory)
     return lm.eval()

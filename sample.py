@@ -1,0 +1,337 @@
+"""Sampling: text and a melody in, music out.
+
+    python sample.py --text "a slow flute tune" --melody assets/ode_to_joy.wav
+    python sample.py --text "calm organ" --text "fast violin with drums" --duration 12 --seed 7
+    python sample.py --checkpoint facebook/musicgen-melody --text "80s driving pop song" --melody tune.mp3
+    python sample.py --text "a flute tune" --prompt recording.ogg --duration 20      # continues the recording
+    python sample.py --checkpoint out/tiny --export_hf DIR                           # for transformers
+
+The life of a sample (`MusicGen.generate`):
+
+    melody wav --separate, ChromaExtractor--> chroma (M, 12)     text ----------.
+    condition_passes(texts, chroma) ---------> Conditions of 2B rows: with the conditions, and without
+    lm.generate(...), window by window ------> codes (B, K, T)   one column of the delay pattern per step
+    codec.decode(codes) ---------------------> wav (B, C, L)     written beside a JSON that reproduces it
+"""
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from chroma import ChromaExtractor, separate
+from config import UserError, pick_device, run, write_atomic
+from encodec import EncodecModel, open_checkpoint, read_audio, write_audio
+from lm import LMModel, condition_passes, generate
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_DURATION = 3600.0   # s; a guard against --duration 1e9, not a limit of the method
+
+
+class MusicGen:
+    """A language model with its codec: `MusicGen.from_pretrained(X).generate([...])`."""
+
+    def __init__(self, lm: LMModel, codec: EncodecModel):
+        self.lm, self.codec, self.config = lm.eval(), codec.eval(), lm.config
+        per_channel = self.config.n_q // (2 if self.stereo else 1)
+        if codec.num_codebooks < per_channel or codec.cardinality != self.config.card:
+            raise UserError(f"the language model speaks {per_channel} codebooks of {self.config.card} entries, its codec "
+                            f"{codec.num_codebooks} of {codec.cardinality}; set codec = to the one it was trained with")
+
+    @property
+    def stereo(self) -> bool:
+        """Stereo by two interleaved streams of a mono codec."""
+        return self.config.channels == 2 and self.codec.channels == 1
+
+    @property
+    def sample_rate(self) -> int:
+        return self.codec.sample_rate
+
+    @property
+    def frame_rate(self) -> float:
+        return self.codec.frame_rate
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, device: str = "auto", dtype: str = "float32") -> "MusicGen":
+        """Loads our directory, a transformers directory or hub id, or a directory in the original's format.
+
+        dtype: of the language model's weights, "float32", "bfloat16" or "float16"; the codec stays in float32.
+        Raises UserError naming what is missing or does not fit.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+        device, directory = pick_device(device), open_checkpoint(name_or_dir)
+        lm = LMModel.from_pretrained(directory, DTYPES[dtype]).to(device)
+        inside = directory / "codec"
+        codec = EncodecModel.from_pretrained(str(inside) if inside.is_dir() else lm.config.codec)
+        # the codec's convolutions and nearest-neighbour search are not to be trusted on mps; it is a small part
+        return cls(lm, codec.fold().to("cpu" if device.type == "mps" else device))
+
+    def save(self, directory):
+        """Writes a directory that from_pretrained reads, codec included."""
+        self.codec.save(Path(directory) / "codec")
+        self.lm.save(directory)
+
+    # --- conditions ---------------------------------------------------------------------------------------------
+
+    def melody_chroma(self, melody, sample_rate: int | None = None, stem: str | None = None) -> torch.Tensor:
+        """Melody wave (L,) or (C, L) of any rate -> chroma (M, Q) of its separated stem, however long it is."""
+        wav = torch.as_tensor(melody).detach().float().cpu()
+        wav = wav[None] if wav.dim() == 1 else wav
+        if wav.dim() != 2 or not wav.numel() or not wav.isfinite().all():
+            raise UserError(f"a melody must be a non-empty wave (C, L) of finite numbers, not {tuple(wav.shape)}")
+        wav = resample(wav, sample_rate or self.sample_rate, self.sample_rate)
+        config = self.config
+        wav = separate(wav, self.sample_rate, stem or config.stem)                      # (1, L)
+        extract = ChromaExtractor(self.sample_rate, config.n_chroma, config.radix2_exp, config.argmax)
+        return extract(wav)[0]
+
+    def _window(self, chromas, start: int):
+        """The M chroma frames that belong to music from code frame `start` on: chroma (B, M, Q), has_melody (B,).
+
+        Always the length of training: a melody that is too short repeats from its start, as in the original.
+        """
+        if self.lm.conditioner.melody is None or all(c is None for c in chromas):
+            return None, None
+        M, hop = self.config.chroma_frames, 2 ** self.config.radix2_exp // 4
+        first = round(start * self.config.stride / hop)
+        rows = [torch.zeros(M, self.config.n_chroma) if c is None else c[(first + torch.arange(M)) % len(c)]
+                for c in chromas]
+        return torch.stack(rows), torch.tensor([c is not None for c in chromas])
+
+    # --- generation ------------------------------------------------------------------------------------------------
+
+    def generate(self, descriptions, melodies=None, melody_sample_rate=None, prompt=None, prompt_sample_rate=None,
+                 duration=None, **settings) -> torch.Tensor:
+        """Descriptions (strings or None) and melodies -> wav (B, C, L) of `duration` seconds.
+
+        melodies: one wave (C, L) or None per description, or a tensor (B, C, L), at melody_sample_rate (default:
+        the model's). prompt: wave (C, L) or (B, C, L) which the result begins with and continues; the duration
+        includes it. settings: see `generate_codes`. Raises UserError for what cannot be done.
+        """
+        if prompt is not None:
+            prompt = self.encode_prompt(prompt, prompt_sample_rate, len(descriptions))
+        chromas = None if melodies is None else [
+            None if m is None else self.melody_chroma(m, melody_sample_rate) for m in melodies]
+        codes = self.generate_codes(descriptions, chromas, prompt, duration, **settings)
+        return self.decode(codes, duration)
+
+    def encode_prompt(self, prompt, sample_rate: int | None, batch: int) -> torch.Tensor:
+        """A wave to continue -> its codes (B, K, T0), whole frames only."""
+        wav = torch.as_tensor(prompt).detach().float()
+        wav = wav[None] if wav.dim() == 1 else wav                                      # (C, L) or (B, C, L)
+        wav = resample(wav.cpu(), sample_rate or self.sample_rate, self.sample_rate)
+        wav = wav[None].expand(batch, -1, -1) if wav.dim() == 2 else wav                # (B, C, L)
+        C = self.config.channels
+        wav = wav.mean(1, keepdim=True) if C == 1 else wav.expand(-1, C, -1) if wav.shape[1] == 1 else wav[:, :C]
+        whole = wav.shape[-1] // self.config.stride * self.config.stride
+        if not whole:
+            raise UserError(f"the prompt is shorter than one frame of {1 / self.frame_rate:.3f} s; give a longer one")
+        with torch.inference_mode():
+            return self.codec.encode(wav[..., :whole].to(device_of(self.codec)))[:, :self.config.n_q]
+
+    def generate_codes(self, descriptions, chromas=None, prompt=None, duration=None, seeds=None, guidance=None,
+                       two_step=False, temperature=None, top_k=None, top_p=None, progress=False) -> torch.Tensor:
+        """Descriptions and chromas ((M, Q) or None each) -> codes (B, K, T).
+
+        Beyond the training length the window moves on by `extend_stride` seconds and continues its own codes; the
+        melody moves with it. prompt: codes (B, K, T0). seeds: one number an item (default: the configuration's
+        seed and the ones after it); the same seed gives an item the same music, alone or in a batch.
+        """
+        config, B = self.config, len(descriptions)
+        duration = config.segment_duration if duration is None else duration
+        guidance = config.cfg_coef if guidance is None else guidance
+        temperature = config.temperature if temperature is None else temperature
+        top_k, top_p = config.top_k if top_k is None else top_k, config.top_p if top_p is None else top_p
+        seeds = [config.seed + i for i in range(B)] if seeds is None else seeds
+        chromas = [None] * B if chromas is None else chromas
+        if not B:
+            raise UserError("nothing to generate: give at least one description (None for none)")
+        if len(chromas) != B or len(seeds) != B:
+            raise UserError(f"{B} descriptions need as many melodies and seeds, not {len(chromas)} and {len(seeds)}")
+        if not 0 < duration <= MAX_DURATION:
+            raise UserError(f"duration {duration} s: must be more than 0 and at most {MAX_DURATION:.0f} s")
+        if not (temperature >= 0 and top_k >= 0 and 0 <= top_p <= 1):
+            raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} within 0 and 1")
+        if any(c is not None for c in chromas) and self.lm.conditioner.melody is None:
+            raise UserError("this model was trained on text only and takes no melody; use a melody model or leave it out")
+
+        T = max(1, round(duration * self.frame_rate))
+        longest = round(config.segment_duration * self.frame_rate)
+        overlap = longest - max(1, min(longest, round(config.extend_stride * self.frame_rate)))
+        done = torch.empty(B, config.n_q, 0, dtype=torch.long) if prompt is None else prompt.cpu()
+        if done.shape[-1] >= T:
+            raise UserError(f"the duration {duration} s includes the prompt of {done.shape[-1] / self.frame_rate:.2f} s; "
+                            f"ask for more")
+        bar = tqdm(total=T - done.shape[-1], unit="frame", disable=not progress, desc="sampling")
+        for window in range(T):
+            p = done.shape[-1]
+            if p >= T:
+                break
+            start = 0 if p < longest else p - overlap
+            end = min(T, start + longest)
+            # `coarse first` and the like lay out a whole window: an early end would change what they see
+            passes = condition_passes(self.lm, descriptions, end - start, *self._window(chromas, start), guidance, two_step)
+            codes = generate(self.lm, passes, end - start, [seed + 1_000_003 * window for seed in seeds],
+                             done[..., start:] if p > start else None, guidance, temperature, top_k, top_p,
+                             lambda step, steps: bar.update(max(0, min(end, p + step) - bar.n - (T - bar.total))))
+            done = torch.cat([done, codes[..., p - start:].cpu()], dim=-1)
+        bar.close()
+        return done
+
+    @torch.inference_mode()
+    def decode(self, codes, duration: float | None = None) -> torch.Tensor:
+        """Codes (B, K, T) -> wav (B, C, L), cut to `duration` seconds."""
+        wav = self.codec.decode(codes.to(device_of(self.codec))).float().cpu()
+        return wav if duration is None else wav[..., :max(1, round(duration * self.sample_rate))]
+
+
+def device_of(module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def resample(wav: torch.Tensor, old: int, new: int) -> torch.Tensor:
+    """Wave (..., L) from rate old to rate new."""
+    if old == new:
+        return wav
+    from math import gcd
+    from scipy.signal import resample_poly
+    divisor = gcd(int(old), int(new))
+    return torch.from_numpy(resample_poly(wav.numpy(), new // divisor, old // divisor, axis=-1).copy()).float()
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; `python sample.py --help` lists all flags")
+
+
+def parse(argv):
+    parser = Parser(description="Text and a melody in, music out.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--text", action="append", metavar="TEXT", help="what to play; several make a batch")
+    add("--melody", action="append", metavar="FILE", help="melody to follow: one for all texts, or one for each ('' for none)")
+    add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="X", help="directory or Hugging Face id (default: the shipped model)")
+    add("--out", metavar="FILE", help="wav, flac, ogg or mp3 (default: samples/TEXT.wav); a batch is numbered")
+    add("--duration", type=float, default=10.0, metavar="S", help="seconds, a prompt included (default 10)")
+    add("--prompt", metavar="FILE", help="recording to continue")
+    add("--continue_from", metavar="FILE", help="codes of a take (--save_codes) to continue")
+    add("--save_codes", action="store_true", help="write the codes beside the audio, as .npz")
+    add("--seed", type=int, default=None, metavar="N", help="of the first item; the next ones count up (default: 0)")
+    add("--guidance", type=float, metavar="G", help="classifier-free guidance (default: the model's, 3.0)")
+    add("--two_step", action="store_true", help="guidance by two passes, the null text unpadded")
+    add("--temperature", type=float, metavar="T", help="default 1.0; 0 is greedy")
+    add("--top_k", type=int, metavar="K", help="default 250; 0 is all entries")
+    add("--top_p", type=float, metavar="P", help="default 0, off")
+    add("--stem", choices=("auto", "none", "hpss", "demucs"), help="how the melody is separated from its recording")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="float32", choices=list(DTYPES), help="of the language model's weights")
+    add("--overwrite", action="store_true", help="replace an existing --out")
+    add("--export_hf", metavar="DIR", help="write the checkpoint for transformers, and stop")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """The command line, thin over MusicGen."""
+    args = parse(argv)
+    if args.export_hf:
+        from lm import export_transformers
+        model = MusicGen.from_pretrained(args.checkpoint, "cpu")
+        export_transformers(model.lm, model.codec, args.export_hf)
+        print(args.export_hf)
+        return
+    texts = [text or None for text in args.text or [None]]
+    melodies = [path or None for path in args.melody or [None]]
+    if len(texts) == 1 and len(melodies) > 1:
+        texts *= len(melodies)
+    if len(melodies) == 1:
+        melodies *= len(texts)
+    if len(melodies) != len(texts):
+        raise UserError(f"{len(melodies)} --melody for {len(texts)} --text: give one for all, or one for each")
+    seeds = [(args.seed or 0) + i for i in range(len(texts))]
+    outs = output_names(args, texts)
+
+    model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype)
+    if any(melodies) and model.lm.conditioner.melody is None:
+        raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody, or take a melody model")
+    chroma = {path: model.melody_chroma(read_audio(path, model.sample_rate, 1), stem=args.stem) for path in set(melodies) if path}
+    prompt = None
+    if args.prompt:
+        prompt = model.encode_prompt(read_audio(args.prompt, model.sample_rate, model.config.channels), None, len(texts))
+    elif args.continue_from:
+        prompt = read_codes(args.continue_from, model.config).expand(len(texts), -1, -1)
+    settings = dict(guidance=args.guidance, two_step=args.two_step, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    codes = model.generate_codes(texts, [path and chroma[path] for path in melodies], prompt, args.duration, seeds,
+                                 progress=True, **settings)
+    wav = model.decode(codes, args.duration)
+    for i, out in enumerate(outs):
+        write_audio(out, wav[i], model.sample_rate)
+        if args.save_codes:
+            write_codes(out.with_suffix(".npz"), codes[i])
+        write_atomic(out.with_suffix(".json"), describe(args, texts[i], melodies[i], seeds[i], out, model.config).encode())
+        print(out)
+
+
+def output_names(args, texts) -> list[Path]:
+    """Where each item goes. A name made here never meets an existing file; one that was given must be free."""
+    if args.out:
+        out = Path(args.out)
+        outs = [out] if len(texts) == 1 else [out.with_name(f"{out.stem}_{i}{out.suffix}") for i in range(len(texts))]
+        from encodec import FORMATS
+        if out.suffix.lower() not in FORMATS:
+            raise UserError(f"--out {out}: the ending tells the format, one of {' '.join(FORMATS)}")
+        taken = [o for o in outs if o.exists()]
+        if taken and not args.overwrite:
+            raise UserError(f"--out {taken[0]}: exists; choose another name or add --overwrite")
+        return outs
+    outs = []
+    for text in texts:
+        stem = re.sub(r"[^\w-]+", "_", text or "music")[:60].strip("_") or "music"
+        names = (Path("samples") / f"{stem}{f'_{n}' if n else ''}.wav" for n in range(10 ** 6))
+        outs.append(next(name for name in names if not name.exists() and name not in outs))
+    return outs
+
+
+def describe(args, text, melody, seed, out, config) -> str:
+    """The JSON beside a result: what was asked for, with what settings, and the command that does it again."""
+    given = {key: value for key, value in vars(args).items() if value not in (None, False)}
+    given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "overwrite", "export_hf")}
+    flags = {**({"text": text} if text else {}), **({"melody": melody} if melody else {}), **given, "seed": seed, "out": str(out)}
+    command = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    used = {key: given.get(name, getattr(config, key)) for name, key in (
+        ("guidance", "cfg_coef"), ("temperature", "temperature"), ("top_k", "top_k"), ("top_p", "top_p"))}
+    return json.dumps({**flags, "settings": used, "torch": torch.__version__,
+                       "command": "python sample.py " + shlex.join(command), "config": dataclasses.asdict(config)}, indent=1) + "\n"
+
+
+def write_codes(path, codes: torch.Tensor):
+    """Codes (K, T) as .npz, from which a take can be continued."""
+    import io
+    import numpy as np
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, codes=codes.numpy().astype(np.uint16))
+    write_atomic(path, buffer.getvalue())
+
+
+def read_codes(path, config) -> torch.Tensor:
+    """Codes (1, K, T) from a file of --save_codes. Raises UserError when it is none of this model's."""
+    import numpy as np
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            codes = torch.from_numpy(file["codes"].astype(np.int64))
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise UserError(f"--continue_from {path}: not a file of --save_codes ({str(error)[:100]})") from None
+    if codes.dim() != 2 or len(codes) != config.n_q or not codes.numel() or not 0 <= codes.min() <= codes.max() < config.card:
+        raise UserError(f"--continue_from {path}: codes {tuple(codes.shape)} are not {config.n_q} codebooks of {config.card} entries")
+    return codes[None]
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])
