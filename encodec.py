@@ -13,6 +13,8 @@ stride = product of the ratios. This file has the model, reading its weights fro
 and what only training needs: losses, discriminator, balancer.
 """
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import re
@@ -25,7 +27,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from config import Config, UserError, run, write_atomic
-from rvq import ResidualVectorQuantizer
+from rvq import ResidualVectorQuantizer, process_count, sum_over_processes
+
+PIECE = 500  # frames of a piece when long audio is coded piece by piece
+
 
 # --- the model ---------------------------------------------------------------------------------------------
 
@@ -183,7 +188,7 @@ class EncodecModel(nn.Module):
             left, right = self.encode(wav[:, :1], n_q), self.encode(wav[:, 1:], n_q)
             return torch.stack([left, right], 2).flatten(1, 2)  # (B, K, 2, T) -> (B, 2 K, T)
         self._check_wav(wav)
-        return self.quantizer.encode(self.encoder(wav), n_q)
+        return self.quantizer.encode(self._run(self.encoder, wav, PIECE * self.stride), n_q)
 
     @torch.no_grad()
     def decode(self, codes):
@@ -194,7 +199,13 @@ class EncodecModel(nn.Module):
         if T == 0 or not 0 <= int(codes.min()) <= int(codes.max()) < self.cardinality:
             raise UserError(f"codes of shape {tuple(codes.shape)}: need frames of numbers from 0 to "
                             f"{self.cardinality - 1}")
-        return self.decoder(self.quantizer.decode(codes))
+        return self._run(self.decoder, self.quantizer.decode(codes), PIECE)
+
+    def _run(self, layers, x, piece: int):
+        """layers(x), in pieces where x is long: the same within rounding, in bounded memory."""
+        if x.shape[-1] <= 2 * piece or self.config.norm == "time_group_norm":  # that norm needs the whole
+            return layers(x)
+        return torch.cat(list(stream(layers, iter(x.split(piece, -1)))), -1)
 
     def _check_wav(self, wav):
         if wav.ndim != 3 or wav.shape[1] != self.channels or wav.shape[2] == 0:
@@ -213,22 +224,36 @@ class EncodecModel(nn.Module):
         write_tensors(Path(directory) / "model.safetensors", self.state_dict())
         self.config.save(Path(directory) / "config.json")
 
-    @classmethod
-    def from_pretrained(cls, name: str, bandwidth: float | None = None, n_q: int | None = None,
-                        dtype: torch.dtype | None = torch.float32) -> "EncodecModel":
-        """Codec from our directory, a hub id, or a directory in transformers' or the original's format.
+    def to_hf(self, directory):
+        """Writes config.json and model.safetensors that transformers' EncodecModel.from_pretrained loads."""
+        c = self.config
+        if c.norm == "none" or not c.lstm or c.card & (c.card - 1):
+            raise UserError("transformers has only codecs with weight or group norm (not folded), an LSTM, and a "
+                            "power of two of entries")
+        values = {theirs: getattr(c, ours) for ours, theirs, _ in FIELDS}
+        bandwidth = c.n_q * math.log2(c.card) * math.ceil(self.frame_rate) / 1000  # kb/s; theirs counts back from it
+        values |= dict(model_type="encodec", architectures=["EncodecModel"], use_conv_shortcut=not c.true_skip,
+                       target_bandwidths=[math.nextafter(bandwidth, math.inf)])
+        write_tensors(Path(directory) / "model.safetensors",
+                      {their_name(name, 1): tensor for name, tensor in self.state_dict().items()})
+        write_atomic(Path(directory) / "config.json", json.dumps(values, indent=1).encode())
 
-        bandwidth in kb/s or n_q choose how many codebooks (default: all). dtype None keeps that of the file.
-        Raises UserError naming what is missing, surplus or not supported.
+    @classmethod
+    def from_pretrained(cls, name, bandwidth: float | None = None, n_q: int | None = None,
+                        dtype: torch.dtype | None = torch.float32) -> "EncodecModel":
+        """Codec of a directory of ours, of transformers or of the original, or of a hub id; in evaluation mode.
+
+        A MusicGen directory gives the codec inside it. bandwidth (kb/s) or n_q choose how many codebooks to use
+        (default: all); dtype None keeps that of the file. UserError names all that is missing or not supported.
         """
-        directory = open_checkpoint(name)
-        config, tensors = _read_codec(directory, dtype)
+        config, tensors = read_codec(name, dtype)
         if bandwidth is not None:
-            n_q = int(1000 * bandwidth / (math.log2(config.card) * math.ceil(config.sample_rate / config.stride)))
+            rate = math.log2(config.card) * math.ceil(config.sample_rate / config.stride)  # bit/s a codebook
+            n_q = int(1000 * bandwidth / rate + 1e-6)
         if n_q is not None and not 1 <= n_q <= config.n_q:
-            asked = f"n_q = {n_q}" if bandwidth is None else f"bandwidth = {bandwidth} kb/s is {n_q} codebooks"
-            raise UserError(f"{name}: {asked}, this codec has 1 to {config.n_q}")
-        with torch.device("meta"):
+            asked = "" if bandwidth is None else f"bandwidth = {bandwidth} kb/s, so "
+            raise UserError(f"{name}: {asked}n_q = {n_q}, but this codec has 1 to {config.n_q} codebooks")
+        with torch.device("meta"):  # shapes only: memory is taken by the tensors that were read
             model = cls(config)
         load_strict(model, tensors, name)
         if n_q is not None:
@@ -237,27 +262,162 @@ class EncodecModel(nn.Module):
         return model.eval()
 
 
-# --- reading weights: shared with lm.py ------------------------------------------------------------------------
+# --- long audio: the same layers, piece by piece -------------------------------------------------------------------
+
+def stream(layer, pieces):
+    """Runs a layer over an iterator of consecutive pieces (B, channels, any length): yields its output, in pieces.
+
+    Joined they are what layer(all pieces at once) gives, for signals longer than the layers' paddings: every
+    convolution keeps back the samples that its next window needs, the LSTM carries its state on.
+    """
+    if isinstance(layer, nn.Sequential):
+        for inner in layer:
+            pieces = stream(inner, pieces)
+        yield from pieces
+    elif isinstance(layer, ResidualUnit):
+        pieces, copies = itertools.tee(pieces)
+        skip = x = None
+        for skip_piece, y in itertools.zip_longest(stream(layer.shortcut, copies), stream(layer.block, pieces)):
+            skip, x = _join(skip, skip_piece), _join(x, y)  # the block runs behind the skip
+            n = 0 if x is None or skip is None else min(x.shape[-1], skip.shape[-1])
+            if n:
+                yield skip[..., :n] + x[..., :n]
+                skip, x = skip[..., n:], x[..., n:]
+    elif isinstance(layer, LSTM):
+        state = None
+        for x in pieces:
+            x = x.permute(2, 0, 1)
+            y, state = layer.lstm(x, state)
+            yield (x + y).permute(1, 2, 0)
+    elif isinstance(layer, Conv):
+        yield from _stream_conv(layer, pieces)
+    elif isinstance(layer, ConvTranspose):
+        conv, tail = layer.convtr, None
+        bias = conv.bias[:, None]
+        for x in pieces:
+            y = F.conv_transpose1d(x, conv.weight, None, conv.stride)
+            first = layer.left if tail is None else 0
+            if tail is not None:  # windows overlap: the old ones' ends are added to the new ones' beginnings
+                y = torch.cat([y[..., :tail.shape[-1]] + tail, y[..., tail.shape[-1]:]], -1)
+            done = x.shape[-1] * conv.stride[0]
+            yield y[..., first:done] + bias
+            tail = y[..., done:]
+        if layer.left:
+            yield tail[..., :layer.left] + bias
+    else:
+        yield from map(layer, pieces)
+
+
+def _stream_conv(layer: Conv, pieces):
+    window = (layer.conv.kernel_size[0] - 1) * layer.conv.dilation[0] + 1
+    held = recent = None  # what the next windows need, and the last samples as they came (reflected at the end)
+    length, begun = 0, False
+    for x in itertools.chain(pieces, [None]):
+        if x is None:
+            extra = layer.right + -length % layer.stride
+            held = _join(held, pad1d(recent, 0, extra, layer.mode)[..., recent.shape[-1]:])
+        else:
+            length += x.shape[-1]
+            held, recent = _join(held, x), _join(recent, x)[..., -window - layer.stride:]
+        if not begun and (x is None or held.shape[-1] > layer.left):
+            held, begun = pad1d(held, layer.left, 0, layer.mode), True
+        n = (held.shape[-1] - window) // layer.stride + 1
+        if begun and n > 0:
+            yield layer.conv(held[..., :(n - 1) * layer.stride + window])
+            held = held[..., n * layer.stride:]
+
+
+def _join(a, b):
+    return b if a is None else a if b is None else torch.cat([a, b], -1)
+
+
+# --- reading and writing weights: lm.py and conditioners.py use these too -------------------------------------------
 
 def open_checkpoint(name) -> Path:
     """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> its directory."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.exists():
-        raise UserError(f"{name}: a checkpoint is a directory, this is a file")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name)[0] in "./~":
-        raise UserError(f"{name}: no such directory, and not a Hugging Face id such as facebook/musicgen-melody")
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)):
+        raise UserError(f"{name}: neither a directory nor a Hugging Face id such as facebook/musicgen-melody")
     from huggingface_hub import snapshot_download
+    small = ["*.json", "*.model", "*.txt"]
     try:
-        small = ["*.json", "*.model", "*.txt"]
         directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.safetensors"]))
-        if not list(directory.glob("*.safetensors")):  # an older upload
+        if not any(directory.glob("*.safetensors")):  # an older upload
             directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.bin"]))
-    except Exception as error:  # a dozen kinds, of several libraries, for: not there, no access, no network
-        raise UserError(f"{name}: no such directory here, and the Hugging Face hub did not give it "
-                        f"({type(error).__name__}); check the name and the network, or give a directory") from None
-    return directory
+        return directory
+    except Exception as error:  # several libraries' errors: no such name, no access, no network
+        raise UserError(f"{name}: not a directory here, and the Hugging Face hub did not give it "
+                        f"({type(error).__name__}); check the name and the network, or name a directory") from None
+
+
+def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
+    """Yields (name without prefix, tensor) for all tensors under prefix; floating ones become dtype if given.
+
+    From model.safetensors or pytorch_model.bin, in one file or in shards with an index, or the original's
+    state_dict.bin. Nothing in the files is executed. Raises UserError naming the file that is missing or damaged.
+    """
+    for path in _weight_files(Path(directory)):
+        if path.suffix == ".bin":
+            found = read_pickle(path)
+            found = iter((found if path.name != "state_dict.bin" else found["best_state"]).items())
+        else:
+            found = _read_safetensors(path)
+        for name, tensor in found:
+            if name.startswith(prefix):
+                cast = dtype is not None and tensor.is_floating_point()
+                yield name[len(prefix):], tensor.to(dtype) if cast else tensor
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin", "state_dict.bin"):
+        index = directory / f"{name}.index.json"
+        if (directory / name).is_file():
+            return [directory / name]
+        if index.is_file():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or any(Path(str(n)).name != n for n in names.values()):
+                raise UserError(f"{index}: its weight_map must name files beside it")
+            return [directory / n for n in sorted(set(names.values()))]
+    raise UserError(f"{directory}: has no model.safetensors, pytorch_model.bin or state_dict.bin")
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from None
+
+
+def read_pickle(path) -> dict:
+    """A .bin file of torch.save: tensors and plain values only, no code is run. Raises UserError naming it."""
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(value, dict), f"it holds a {type(value).__name__}"
+        return value
+    except Exception as error:  # torch, zipfile and pickle have their own kinds
+        raise UserError(f"{path}: damaged, or more than plain tensors ({str(error)[:150]!r})") from None
+
+
+def read_original(path) -> tuple[dict, dict]:
+    """(tensors by name, configuration) of state_dict.bin or compression_state_dict.bin of the original."""
+    value = read_pickle(path)
+    if "pretrained" in value:
+        return {}, {"pretrained": value["pretrained"]}
+    try:
+        import yaml
+        config, state = yaml.safe_load(value["xp.cfg"]), value["best_state"]
+        state = state.get("model", state)
+        assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values())
+        return state, config
+    except ImportError:
+        raise UserError(f"{path}: its configuration is YAML; pip install pyyaml to read it") from None
+    except Exception as error:
+        raise UserError(f"{path}: needs best_state and a YAML xp.cfg ({type(error).__name__}: {error})") from None
 
 
 def read_json(path) -> dict:
@@ -270,69 +430,17 @@ def read_json(path) -> dict:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
-def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None) -> dict:
-    """{name without prefix: tensor} of all tensors under prefix, from model.safetensors or pytorch_model.bin.
-
-    Both may be sharded (an index file tells which). Floating tensors become dtype unless that is None.
-    Nothing in the files is executed. Raises UserError naming the file.
-    """
-    directory, tensors = Path(directory), {}
-    for path in _weight_files(directory):
-        try:
-            if path.suffix == ".safetensors":
-                from safetensors import safe_open
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():
-                        if name.startswith(prefix):
-                            tensors[name[len(prefix):]] = _cast(file.get_tensor(name), dtype)
-            else:
-                for name, tensor in read_pickle(path).items():
-                    if name.startswith(prefix):
-                        tensors[name[len(prefix):]] = _cast(tensor, dtype)
-        except UserError:
-            raise
-        except Exception as error:  # safetensors has its own kind of error
-            raise UserError(f"{path}: damaged or not a weight file ({str(error)[:200]})") from None
-    return tensors
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / stem).is_file():
-            return [directory / stem]
-        if (directory / f"{stem}.index.json").is_file():
-            names = read_json(directory / f"{stem}.index.json").get("weight_map")
-            if not isinstance(names, dict) or any(Path(str(n)).name != n for n in names.values()):
-                raise UserError(f"{directory / stem}.index.json: its weight_map must name files beside it")
-            return [directory / n for n in sorted(set(names.values()))]
-    raise UserError(f"{directory}: holds neither model.safetensors nor pytorch_model.bin (nor their index)")
-
-
-def read_pickle(path) -> dict:
-    """A .bin file of torch.save: tensors and plain values only, no code is run. Raises UserError naming it."""
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(value, dict), f"holds a {type(value).__name__}"
-        return value
-    except Exception as error:  # torch, zipfile and pickle each have their own
-        raise UserError(f"{path}: damaged, or more than plain tensors ({str(error).splitlines()[0][:200]})") from None
-
-
-def _cast(tensor, dtype):
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
 def load_strict(module: nn.Module, tensors: dict, where):
     """Makes the tensors the module's own, without a copy. Raises UserError listing all that does not fit."""
     own = module.state_dict()
-    shapes = [f"{n} is {tuple(tensors[n].shape)}, should be {tuple(own[n].shape)}"
-              for n in own if n in tensors and tensors[n].shape != own[n].shape]
-    problems = [f"{what}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
-                for what, names in (("missing", sorted(own.keys() - tensors.keys())),
-                                    ("surplus", sorted(tensors.keys() - own.keys())), ("wrong shape", shapes)) if names]
+    shapes = [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in own
+              if name in tensors and tensors[name].shape != own[name].shape]
+    problems = [f"{what}: {', '.join(names)}" for what, names in
+                (("missing", sorted(own.keys() - tensors.keys())),
+                 ("surplus", sorted(tensors.keys() - own.keys())), ("wrong shape", shapes)) if names]
     if problems:
-        raise UserError(f"{where}: weights do not fit the configuration; {'; '.join(problems)}")
-    module.load_state_dict(tensors, strict=True, assign=True)
+        raise UserError(f"{where}: the weights do not fit the configuration; {'; '.join(problems)}")
+    module.load_state_dict(tensors, assign=True)
 
 
 def write_tensors(path, tensors: dict, metadata: dict | None = None):
@@ -342,29 +450,110 @@ def write_tensors(path, tensors: dict, metadata: dict | None = None):
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata or {"format": "pt"}))
 
 
-# --- names of the codec's weights elsewhere ---------------------------------------------------------------------
+# --- the codec in the formats of others ----------------------------------------------------------------------------
 
-NAMES = (  # ours                               transformers               the original
-    (r"^(en|de)coder\.",                        r"\1coder.layers.",        r"\1coder.model."),
-    (r"\.conv\.",                               ".conv.",                  ".conv.conv."),
-    (r"\.convtr\.",                             ".conv.",                  ".convtr.convtr."),
-    (r"\.conv_norm\.",                          ".norm.",                  ".conv.norm."),
-    (r"\.convtr_norm\.",                        ".norm.",                  ".convtr.norm."),
-    (r"^quantizer\.codebooks\.(\d+)\.",         r"quantizer.layers.\1.codebook.", r"quantizer.vq.layers.\1._codebook."),
+NAMES = (
+    # ours                                transformers                      the original
+    (r"^(en|de)coder\.",                  r"\1coder.layers.",               r"\1coder.model."),
+    (r"\.conv\.",                         ".conv.",                         ".conv.conv."),
+    (r"\.convtr\.",                       ".conv.",                         ".convtr.convtr."),
+    (r"\.conv_norm\.",                    ".norm.",                         ".conv.norm."),
+    (r"\.convtr_norm\.",                  ".norm.",                         ".convtr.norm."),
+    (r"^quantizer\.codebooks\.(\d+)\.",   r"quantizer.layers.\1.codebook.", r"quantizer.vq.layers.\1._codebook."),
 )
-WEIGHT_NORM = (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1"))
+FIELDS = (
+    # ours                  transformers                the original
+    ("sample_rate",         "sampling_rate",            "sample_rate"),
+    ("channels",            "audio_channels",           "channels"),
+    ("n_filters",           "num_filters",              "seanet.n_filters"),
+    ("ratios",              "upsampling_ratios",        "seanet.ratios"),
+    ("dimension",           "hidden_size",              "seanet.dimension"),
+    ("lstm",                "num_lstm_layers",          "seanet.lstm"),
+    ("n_residual_layers",   "num_residual_layers",      "seanet.n_residual_layers"),
+    ("kernel_size",         "kernel_size",              "seanet.kernel_size"),
+    ("last_kernel_size",    "last_kernel_size",         "seanet.last_kernel_size"),
+    ("residual_kernel_size", "residual_kernel_size",    "seanet.residual_kernel_size"),
+    ("dilation_base",       "dilation_growth_rate",     "seanet.dilation_base"),
+    ("compress",            "compress",                 "seanet.compress"),
+    ("causal",              "use_causal_conv",          "seanet.causal"),
+    ("pad_mode",            "pad_mode",                 "seanet.pad_mode"),
+    ("norm",                "norm_type",                "seanet.norm"),
+    ("card",                "codebook_size",            "rvq.bins"),
+)
+ONLY = (  # (transformers, the original, the one value that is supported)
+    ("normalize", "encodec.renormalize", False), ("chunk_length_s", None, None),
+    ("trim_right_ratio", "seanet.decoder.trim_right_ratio", 1.0), (None, "seanet.activation", "ELU"),
+    (None, "seanet.disable_norm_outer_blocks", 0), (None, "seanet.decoder.final_activation", None),
+    (None, "encodec.autoencoder", "seanet"), (None, "encodec.quantizer", "rvq"))
 
 
 def their_name(name: str, column: int) -> str:
-    """Our name of a tensor as transformers (column 1) or the original (column 2) calls it."""
+    """Our name of a tensor as transformers (column 1) or the original (column 2) has it."""
     for row in NAMES:
         name = re.sub(row[0], row[column], name)
     return name
 
 
-def _read_codec(directory: Path, dtype):
+def read_codec(name, dtype):
     """(Config, tensors under our names) of a codec in any of the formats that from_pretrained takes."""
-    return Config.from_json(directory / "config.json"), read_tensors(directory, dtype=dtype)
+    directory = open_checkpoint(name)
+    if (directory / "codec" / "config.json").is_file():  # a language model of ours, with its codec inside
+        directory = directory / "codec"
+    if (directory / "config.json").is_file():
+        values = read_json(directory / "config.json")
+        if "model_type" not in values:
+            return Config.from_json(directory / "config.json"), dict(read_tensors(directory, dtype=dtype))
+        inside = "audio_encoder" in values
+        tensors = dict(read_tensors(directory, "audio_encoder." if inside else "", dtype))
+        books = len({n.split(".")[2] for n in tensors if n.startswith("quantizer.layers.")})
+        config, column = _config_from_transformers(values["audio_encoder"] if inside else values, books, name), 1
+    elif (directory / "compression_state_dict.bin").is_file():
+        tensors, values = read_original(directory / "compression_state_dict.bin")
+        if "pretrained" in values:
+            return read_codec(values["pretrained"], dtype)
+        tensors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}
+        config, column = _config_from_original(values, name), 2
+    else:
+        raise UserError(f"{name}: has neither config.json nor compression_state_dict.bin, so not a codec we know")
+    tensors = {re.sub(r"weight_([gv])$", lambda m: f"parametrizations.weight.original{'gv'.index(m[1])}", n): t
+               for n, t in tensors.items()}  # weight norm is spelt in an old and a new way
+    with torch.device("meta"):
+        ours = {their_name(n, column): n for n in EncodecModel(config).state_dict()}
+    return config, {ours.get(n, n): t for n, t in tensors.items()}
+
+
+def _config_from_transformers(values: dict, books: int, where) -> Config:
+    from transformers import EncodecConfig  # for the defaults that a file may leave out
+    if values.get("model_type") != "encodec":
+        raise UserError(f"{where}: model_type = {values.get('model_type')!r}, only encodec codecs can be read")
+    try:
+        theirs = EncodecConfig(**values)
+        bits = 1000 * theirs.target_bandwidths[-1] / math.ceil(theirs.sampling_rate / theirs.hop_length)
+    except Exception as error:  # theirs are of many kinds
+        raise UserError(f"{where}: not a configuration of EnCodec ({str(error)[:150]!r})") from None
+    for key, _, value in ONLY + (("codebook_dim", None, theirs.hidden_size),):
+        if key and getattr(theirs, key) != value:
+            raise UserError(f"{where}: {key} = {getattr(theirs, key)!r} is not supported, only {value!r}")
+    # Older versions of transformers count 10 bits a codebook whatever its size: believe the file if it agrees.
+    n_q = books if books == int(bits // 10) else int(bits // math.ceil(math.log2(theirs.codebook_size)))
+    return Config(task="codec", n_q=n_q, true_skip=not theirs.use_conv_shortcut,
+                  **{ours: getattr(theirs, key) for ours, key, _ in FIELDS})
+
+
+def _config_from_original(tree: dict, where) -> Config:
+    def look(path):
+        value = tree
+        for key in path.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise UserError(f"{where}: its configuration lacks {path}")
+            value = value[key]
+        reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+        return look(reference[1]) if reference and reference[1] != path else value  # ${channels} stands for channels
+    for _, key, value in ONLY:
+        if key and look(key) != value:
+            raise UserError(f"{where}: {key} = {look(key)!r} is not supported, only {value!r}")
+    return Config(task="codec", n_q=look("rvq.n_q"), true_skip=look("seanet.true_skip"),
+                  **{ours: look(key) for ours, _, key in FIELDS})
 
 
 # --- audio files -------------------------------------------------------------------------------------------------
@@ -439,10 +628,180 @@ def write_audio(path, wav, sample_rate: int):
         raise UserError(f"{path}: cannot be written ({error})") from None
 
 
-def main(argv):
-    from config import load  # noqa: F401
-    return argv
+# --- training: losses, discriminator, balancer (EnCodec, sections 3.4 and 3.5) ----------------------------------
+
+@functools.lru_cache(maxsize=32)
+def mel_filters(n_fft: int, sample_rate: int, n_mels: int, device, f_min: float = 64.0):
+    """Triangles of height 1, even on the scale 2595 log10(1 + f / 700), to half the rate. -> (n_fft/2+1, n_mels)"""
+    def mel(f):
+        return 2595 * math.log10(1 + f / 700)
+    corners = torch.linspace(mel(f_min), mel(sample_rate // 2), n_mels + 2, dtype=torch.float64)
+    corners = 700 * (10 ** (corners / 2595) - 1)
+    f = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    rise, fall = (f - corners[:-2]) / corners.diff()[:-1], (corners[2:] - f) / corners.diff()[1:]
+    return torch.minimum(rise, fall).clamp(min=0).float().to(device)
+
+
+def power_spectrogram(wav, n_fft: int):
+    """|STFT|^2 over the window's energy: (B, C, L) -> (B, C, n_fft/2+1, ceil(L / hop)), hop = n_fft / 4."""
+    B, C, L = wav.shape
+    hop = n_fft // 4
+    side = (n_fft - hop) // 2
+    wav = F.pad(pad1d(wav, side, side, "reflect"), (0, -L % hop))
+    window = torch.hann_window(n_fft, device=wav.device)
+    spectrum = torch.stft(wav.reshape(B * C, -1), n_fft, hop, window=window, center=False, return_complex=True)
+    power = spectrum.real.square() + spectrum.imag.square()  # (B C, F, frames); abs() has no gradient at 0
+    return (power / window.square().sum()).view(B, C, *power.shape[1:])
+
+
+def spectral_losses(config: Config, wav, reconstruction) -> dict:
+    """Both losses over windows 2 ** mel_range, from the same spectrograms.
+
+    msspec: mean over windows of mean|M_x - M_y| + mean (log10 M_x - log10 M_y)^2, M mel spectrograms, halved.
+    sc: spectral convergence, sum over windows of |S_x - S_y| / |S_x|, S magnitudes, Frobenius norms.
+    """
+    scales, mel, convergence = range(*config.mel_range), 0.0, 0.0
+    for i in scales:
+        filters = mel_filters(2 ** i, config.sample_rate, config.n_mels, wav.device)
+        x, y = (power_spectrogram(w.float(), 2 ** i) for w in (wav, reconstruction))
+        m_x, m_y = x.mT @ filters, y.mT @ filters  # (B, C, frames, n_mels)
+        log_x, log_y = (m_x + config.mel_floor).log10(), (m_y + config.mel_floor).log10()
+        mel = mel + (m_x - m_y).abs().mean() + (log_x - log_y).square().mean()
+        if config.sc:
+            x, y = (x + 1e-10).sqrt(), (y + 1e-10).sqrt()
+            convergence = convergence + (x - y).norm() / x.norm()
+    return {"msspec": mel / (2 * len(scales)), "sc": convergence}
+
+
+def mel_loss(config: Config, wav, reconstruction):
+    """Multi-scale mel distance of two waves (B, C, L)."""
+    return spectral_losses(dataclasses.replace(config, sc=0.0), wav, reconstruction)["msspec"]
+
+
+def codec_losses(config: Config, wav, reconstruction) -> dict:
+    """{name: loss} of the terms that compare two waves (B, C, L) and have a weight of that name in config."""
+    losses = {"l1": F.l1_loss(reconstruction, wav)}
+    if config.msspec or config.sc:
+        losses |= spectral_losses(config, wav, reconstruction)
+    return {name: loss for name, loss in losses.items() if getattr(config, name) > 0}
+
+
+class MultiScaleSTFTDiscriminator(nn.Module):
+    """One judge of complex spectrograms for each of disc_windows: wav (B, C, L) -> logits and feature maps."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.discriminators = nn.ModuleList(STFTDiscriminator(config.channels, config.disc_filters, window)
+                                            for window in config.disc_windows)
+
+    def forward(self, wav):
+        """-> logits [(B, 1, frames, freq) of each window], maps [[5 feature maps] of each window]"""
+        logits, maps = zip(*(judge(wav) for judge in self.discriminators))
+        return list(logits), list(maps)
+
+
+class STFTDiscriminator(nn.Module):
+    """2-d convolutions over (time, frequency), strided over frequency, dilated over time."""
+
+    def __init__(self, channels: int, filters: int, window: int):
+        super().__init__()
+        def conv(inputs, outputs, kernel, dilation=1, stride=1):
+            padding = ((kernel[0] - 1) * dilation // 2, kernel[1] // 2)
+            return nn.Conv2d(inputs, outputs, kernel, (1, stride), padding, (dilation, 1))
+        normed = [conv(filters, filters, (3, 9), dilation, 2) for dilation in (1, 2, 4)]
+        normed = [parametrizations.weight_norm(c) for c in normed + [conv(filters, filters, (3, 3))]]
+        self.convs = nn.ModuleList([conv(2 * channels, filters, (3, 9)), *normed])  # plain first
+        self.last = parametrizations.weight_norm(conv(filters, 1, (3, 3)))
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+
+    def forward(self, wav):
+        B, C, L = wav.shape
+        n = len(self.window)
+        wav = F.pad(wav.float(), (0, max(0, n - L))).reshape(B * C, -1)
+        spectrum = torch.stft(wav, n, n // 4, window=self.window, center=False, return_complex=True)
+        spectrum = (spectrum / self.window.square().sum().sqrt()).view(B, C, *spectrum.shape[1:])
+        x, maps = torch.cat([spectrum.real, spectrum.imag], 1).mT, []  # (B, 2 C, frames, freq)
+        for layer in self.convs:
+            x = F.leaky_relu(layer(x), 0.3)
+            maps.append(x)
+        return self.last(x), maps
+
+
+def generator_losses(fake, real) -> dict:
+    """Outputs of the discriminator on reconstruction and original -> {"adv", "feat"}: fool it, look alike in it."""
+    def mean(values):
+        return torch.stack(list(values)).mean()
+    feat = (mean(F.l1_loss(f, r.detach()) for f, r in zip(*maps)) for maps in zip(fake[1], real[1]))
+    return {"adv": mean(-logits.mean() for logits in fake[0]), "feat": mean(feat)}
+
+
+def discriminator_loss(fake, real):
+    """Hinge loss that trains the discriminator: real above 1, fake (a detached reconstruction) below -1."""
+    return torch.stack([F.relu(1 - r).mean() + F.relu(1 + f).mean() for f, r in zip(fake[0], real[0])]).mean()
+
+
+class Balancer(nn.Module):
+    """Makes loss weights shares of the gradient (EnCodec, equation 4): g = sum_k w_k / sum_j w_j * g_k / avg|g_k|.
+
+    avg is a moving average over calls of the norm (mean over batch items), and over processes: several with a part of
+    the batch each send back what one would with all of it.
+    """
+
+    def __init__(self, weights: dict, decay: float = 0.999, per_item: bool = True, total_norm: float = 1.0):
+        super().__init__()
+        self.weights, self.decay, self.per_item, self.total_norm = weights, decay, per_item, total_norm
+        self.register_buffer("norms", torch.zeros(len(weights)))   # decayed sums; divided by the next: averages
+        self.register_buffer("counts", torch.zeros(len(weights)))
+
+    def backward(self, losses: dict, output):
+        """Sends the balanced gradient of {name: loss} into output (B, C, L) and behind it -> the balanced loss."""
+        total, gradient = 0.0, torch.zeros_like(output)
+        share = self.total_norm / sum(self.weights[name] for name in losses)
+        for i, name in enumerate(self.weights):
+            if name not in losses:
+                continue
+            g, = torch.autograd.grad(losses[name], output, retain_graph=True)
+            norm = g.flatten(1).norm(dim=1).mean() if self.per_item else g.norm()
+            norm = norm / process_count()                # a mean over fewer items has larger gradients ...
+            sum_over_processes(norm).div_(process_count())
+            self.norms[i] = self.decay * self.norms[i] + norm
+            self.counts[i] = self.decay * self.counts[i] + 1
+            factor = share * self.weights[name] / (1e-12 + self.norms[i] / self.counts[i])
+            gradient += factor * g
+            total = total + factor * losses[name].detach()
+        output.backward(gradient)
+        return total
+
+
+def demo(argv):
+    """samples -> frames -> codes -> samples, of FILE or of two seconds of a glide."""
+    torch.manual_seed(0)
+    directory = Path(__file__).parent / "checkpoints" / "tiny" / "codec"
+    if directory.is_dir():
+        codec, told = EncodecModel.from_pretrained(directory), str(directory.relative_to(Path(__file__).parent))
+    else:
+        codec = EncodecModel(Config(task="codec", n_filters=8, dimension=32, card=256, kmeans_init=False)).eval()
+        told = "random weights"
+    if argv:
+        wav = read_audio(argv[0], codec.sample_rate, codec.channels, duration=10.0)
+    else:
+        time = torch.arange(2 * codec.sample_rate) / codec.sample_rate
+        wav = 0.3 * torch.sin(2 * torch.pi * (220 + 110 * time) * time).expand(codec.channels, -1)
+    bits = codec.num_codebooks * math.log2(codec.cardinality) * codec.frame_rate / 1000
+    with torch.no_grad():
+        latent = codec.encoder(wav[None])
+    codes = codec.encode(wav[None])
+    print(f"codec    {told}: {sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M parameters")
+    print(f"samples  {tuple(wav[None].shape)}  {wav.shape[1] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")
+    print(f"frames   {tuple(latent.shape)}  one in {codec.stride} samples, {codec.frame_rate:g} a second")
+    print(f"codes    {tuple(codes.shape)}  below {codec.cardinality}, {bits:.2f} kb/s; the first frames:")
+    for k, row in enumerate(codes[0, :, :12].tolist()):
+        print(f"  k{k}  " + " ".join(f"{c:4d}" for c in row))
+    for k in range(1, codec.num_codebooks + 1):
+        back = codec.decode(codes[:, :k])
+        print(f"samples  {tuple(back.shape)}  from {k} codebooks, mel distance "
+              f"{float(mel_loss(codec.config, wav[None], back[..., :wav.shape[1]])):.3f}")
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    run(demo, sys.argv[1:])

@@ -35,8 +35,8 @@ class ResidualVectorQuantizer(nn.Module):
     def forward(self, x, n_q: int | None = None):
         """x (B, Z, T) -> quantized (B, Z, T), codes (B, K, T), commitment loss (mean over levels).
 
-        In training mode the codebooks learn from x: from that of all processes, so that two processes with half
-        a batch each end up with the codebooks of one process with the whole batch.
+        In training mode the codebooks learn from the x of all processes: two with half a batch each end up with
+        the codebooks that one with the whole batch would have.
         """
         B, Z, T = x.shape
         with torch.autocast(x.device.type, enabled=False):  # half precision would pick wrong neighbours
@@ -44,17 +44,16 @@ class ResidualVectorQuantizer(nn.Module):
             residual = x.transpose(1, 2).reshape(B * T, Z)
             if self.training:
                 rows = _joint_rows(B * T, x.device)
-                # Passes seen so far: k-means starts at 0, and they seed all draws. So every process draws alike,
-                # and a run that is resumed draws what it would have drawn.
+                # Passes so far seed all draws: every process draws alike, and a resumed run as if never stopped.
                 passes = [int(n) for n in torch.cat([c.inited for c in self.codebooks]).tolist()]
                 if n_q is None and self.q_dropout:
-                    n_q = int(torch.randint(1, len(self.codebooks) + 1, (), generator=_generator(-1, passes[0])))
+                    n_q = 1 + int(torch.randint(len(self.codebooks), (), generator=_generator(-1, passes[0])))
             total, all_codes, losses = torch.zeros_like(residual), [], []
             for k, codebook in enumerate(self._active(n_q)):
                 if self.training and passes[k] == 0:
                     codebook.start(residual.detach(), self.kmeans_iters, rows, _generator(k, 0))
-                codes = codebook.nearest(residual)  # (B * T,)
-                entry = codebook.embed.float()[codes]
+                codes = nearest(residual.detach(), codebook.embed)  # (B * T,)
+                entry = codebook.embed[codes]
                 if self.training:
                     codebook.learn(residual.detach(), codes, rows, _generator(k, passes[k] + 1))
                 losses.append(F.mse_loss(residual, entry))
@@ -70,8 +69,8 @@ class ResidualVectorQuantizer(nn.Module):
         B, Z, T = x.shape
         residual, codes = x.float().transpose(1, 2).reshape(B * T, Z), []
         for codebook in self._active(n_q):
-            codes.append(codebook.nearest(residual))
-            residual = residual - codebook.embed.float()[codes[-1]]
+            codes.append(nearest(residual, codebook.embed))
+            residual = residual - codebook.embed[codes[-1]]
         return torch.stack(codes).view(-1, B, T).transpose(0, 1)  # (B, K, T)
 
     def decode(self, codes):
@@ -95,29 +94,25 @@ class Codebook(nn.Module):
                  epsilon: float):
         super().__init__()
         self.decay, self.threshold_dead, self.epsilon = decay, threshold_dead, epsilon
-        embed = torch.zeros(card, dimension) if kmeans_init else nn.init.kaiming_uniform_(torch.empty(card, dimension))
+        embed = torch.zeros(card, dimension)
+        if not kmeans_init:
+            nn.init.kaiming_uniform_(embed)
         self.register_buffer("inited", torch.full((1,), 0.0 if kmeans_init else 1.0))
         self.register_buffer("cluster_size", torch.zeros(card))
         self.register_buffer("embed", embed)
         self.register_buffer("embed_avg", embed.clone())
 
     @torch.no_grad()
-    def nearest(self, x):
-        """x (n, Z) -> index of the nearest entry (n,)."""
-        return _nearest(x, self.embed.float())
-
-    @torch.no_grad()
     def start(self, x, iters: int, rows, generator):
         """First batch: entries become k-means centres of it (Lloyd's algorithm)."""
-        begin, end, total = rows
-        card = len(self.embed)
+        (begin, end, total), card = rows, len(self.embed)
         sampled = _draw(total, min(total, KMEANS_SAMPLES * card), generator).to(x.device)
         mine = x[sampled[(sampled >= begin) & (sampled < end)] - begin]
         centres = _pick(x, _draw(total, card, generator), rows)
         for _ in range(iters):
-            counts, sums = _statistics(mine, _nearest(mine, centres), card)
+            counts, sums = _statistics(mine, nearest(mine, centres), card)
             centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
-        counts, _ = _statistics(x, _nearest(x, centres), card)
+        counts, _ = _statistics(x, nearest(x, centres), card)
         counts.clamp_(min=1)  # a centre without vectors keeps its place until it counts as dead
         self.embed.copy_(centres)
         self.cluster_size.copy_(counts)
@@ -149,8 +144,9 @@ class Codebook(nn.Module):
 
 # --- pieces ------------------------------------------------------------------------------------------------
 
-def _nearest(x, entries):
-    """argmin_v |x - e_v|^2 = argmax_v (x . e_v - |e_v|^2 / 2), some rows at a time. -> (n,)"""
+def nearest(x, entries):
+    """x (n, Z), entries (card, Z) -> argmin_v |x - e_v|^2 = argmax_v (x . e_v - |e_v|^2 / 2) (n,), in chunks."""
+    entries = entries.float()
     bias = entries.square().sum(1) * -0.5
     return torch.cat([F.linear(part, entries, bias).argmax(1) for part in x.split(max(1, CHUNK // len(entries)))])
 
@@ -160,44 +156,43 @@ def _statistics(x, codes, card: int):
     both = x.new_zeros(card, x.shape[1] + 1)
     both[:, 1:].index_add_(0, codes, x)
     both[:, 0] = torch.bincount(codes, minlength=card)
-    _sum_over_processes(both)
+    sum_over_processes(both)
     return both[:, 0].clone(), both[:, 1:]
 
 
-def _world():
+def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _sum_over_processes(tensor):
-    if _world() > 1:
+def sum_over_processes(tensor):
+    """Replaces the tensor, in place, by its sum over all processes -> the tensor."""
+    if process_count() > 1:
         dist.all_reduce(tensor)
+    return tensor
 
 
 def _joint_rows(n: int, device):
     """(begin, end, total): where this process' n rows lie in the joint batch of all processes."""
-    sizes = torch.zeros(_world(), device=device, dtype=torch.long)
-    sizes[dist.get_rank() if _world() > 1 else 0] = n
-    if _world() == 1:
+    if process_count() == 1:
         return 0, n, n
-    _sum_over_processes(sizes)
-    end = int(sizes.cumsum(0)[dist.get_rank()])
-    return end - n, end, int(sizes.sum())
+    sizes = torch.zeros(process_count(), device=device, dtype=torch.long)
+    sizes[dist.get_rank()] = n
+    ends = sum_over_processes(sizes).cumsum(0).tolist()
+    return ends[dist.get_rank()] - n, ends[dist.get_rank()], ends[-1]
 
 
 def _pick(x, indices, rows):
     """Rows of the joint batch, the same on every process. x: this process' (n, Z) -> (len(indices), Z)"""
-    begin, end, _ = rows
     indices = indices.to(x.device)
-    mine = (indices >= begin) & (indices < end)
-    picked = x[(indices - begin).clamp(0, max(0, end - begin - 1))] * mine[:, None]
-    _sum_over_processes(picked)
-    return picked
+    mine = (indices >= rows[0]) & (indices < rows[1])
+    return sum_over_processes(x[(indices - rows[0]).clamp(0, len(x) - 1)] * mine[:, None])
 
 
 def _draw(total: int, n: int, generator):
     """n random numbers below total, each at most once if there are enough."""
-    return torch.randperm(total, generator=generator)[:n] if total >= n else \
-        torch.randint(total, (n,), generator=generator)
+    if total < n:
+        return torch.randint(total, (n,), generator=generator)
+    return torch.randperm(total, generator=generator)[:n]
 
 
 def _generator(codebook: int, step: int):
@@ -206,11 +201,12 @@ def _generator(codebook: int, step: int):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    rvq, vectors = ResidualVectorQuantizer(dimension=16, n_q=6, card=256), torch.randn(1, 16, 8192)
-    for _ in range(30):
+    rvq = ResidualVectorQuantizer(dimension=16, n_q=6, card=256, kmeans_iters=10)
+    vectors = torch.randn(1, 16, 4096)
+    for _ in range(10):
         rvq(vectors)
     codes = rvq.eval().encode(vectors)
     print(f"vectors {tuple(vectors.shape)} -> codes {tuple(codes.shape)}; the first one: {codes[0, :, 0].tolist()}")
     for k in range(1, 7):
-        error = ((vectors - rvq.decode(codes[:, :k])) ** 2).mean() / (vectors ** 2).mean()
-        print(f"{k} codebooks  error {100 * error:5.1f} %  {'#' * round(60 * float(error))}")
+        error = float((vectors - rvq.decode(codes[:, :k])).square().mean() / vectors.square().mean())
+        print(f"{k} codebook{'s' * (k > 1):1}  error {100 * error:5.1f} %  {'#' * round(60 * error)}")
