@@ -16,7 +16,6 @@ In training, conditions are dropped at random so that the model also learns to p
 what classifier-free guidance needs. All those draws are pure functions of a random generator at the end of
 this file, one item at a time (the original draws once for a whole batch), and never happen in evaluation.
 """
-import math
 from typing import NamedTuple
 
 import torch
@@ -87,11 +86,15 @@ class T5Conditioner(nn.Module):
             longest = max(map(len, ids))
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
             return ids, ids != 0
+        # 512 tokens is what T5 was trained on; a text of 4,000 words is cut, not refused
+        inputs = self.tokenizer()(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
+        return inputs["input_ids"], inputs["attention_mask"].bool()
+
+    def tokenizer(self):
+        """The tokenizer of transformers, loaded when first needed."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.name)
-        # 512 tokens is what T5 was trained on; a text of 4,000 words is cut, not refused
-        inputs = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
-        return inputs["input_ids"], inputs["attention_mask"].bool()
+        return self._tokenizer
 
     def forward(self, texts: list[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
         """Descriptions -> frames (B, P, D) and the mask (B, P) of the frames each item has.
@@ -131,23 +134,24 @@ def load_t5(name: str) -> nn.Module:
     """T5's encoder from a hub id, a directory, or a MusicGen directory in transformers' format."""
     from transformers import T5EncoderModel
     from encodec import load_strict, open_checkpoint, read_tensors
-    directory = open_checkpoint(name)
     config = t5_config(name)
     with torch.device("meta"):
         t5 = T5EncoderModel(config)
-    inside = config.model_type != "musicgen" and (directory / "config.json").read_text().find('"text_encoder"') >= 0
-    tensors = read_tensors(directory, prefix="text_encoder." if inside else "", dtype=torch.float32)
-    tensors = {key: value for key, value in tensors.items() if key.startswith(("shared.", "encoder."))}
-    shared = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
-    if shared is not None:      # one table under two names; files hold either or both
-        tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"] = shared
+    wanted = ("shared.", "encoder.", "text_encoder.")
+    tensors = {key.removeprefix("text_encoder."): value.float()
+               for key, value in read_tensors(open_checkpoint(name)) if key.startswith(wanted)}
+    if "shared.weight" in tensors:      # one table under two names
+        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     load_strict(t5, tensors, f"T5 in {name}")
     return t5
 
 
 def load_tokenizer(name: str):
-    from transformers import AutoTokenizer
+    """The tokenizer of a hub id or directory; for "bytes" ByT5's, which makes the ids that `tokenize` makes."""
+    from transformers import AutoTokenizer, ByT5Tokenizer
     from encodec import open_checkpoint
+    if name == "bytes":
+        return ByT5Tokenizer(extra_ids=0)
     try:
         return AutoTokenizer.from_pretrained(open_checkpoint(name))
     except (OSError, ValueError) as error:

@@ -494,21 +494,20 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
     more memory than the weights. dtype: of the weights; None keeps the file's. Raises UserError, listing them,
     for missing, surplus and misshapen tensors.
     """
-    from encodec import iter_tensors, load_strict, open_checkpoint
+    from encodec import load_strict, open_checkpoint, read_tensors
     directory = open_checkpoint(name_or_dir)
     config, origin = read_config(directory)
     with torch.device("meta"):
         lm = LMModel(config)
     if origin == "ours":
-        tensors = dict(iter_tensors(directory, dtype=dtype))
+        tensors = dict(read_tensors(directory, dtype=dtype))
         if "conditioner.text.t5.shared.weight" in tensors:      # one table, two names
             name = "conditioner.text.t5.encoder.embed_tokens.weight"
             tensors.setdefault(name, tensors["conditioner.text.t5.shared.weight"])
     else:
         shapes = {name: value.shape for name, value in lm.state_dict().items()}
-        foreign = iter_tensors(directory) if origin == "transformers" else read_original(directory / "state_dict.bin")[0]
         skip = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.")
-        found = ((name, t) for name, t in foreign if not name.startswith(skip))
+        found = ((name, t) for name, t in read_tensors(directory) if not name.startswith(skip))
         tensors = pack(found, name_table(config, origin == "original"), shapes, dtype, directory)
     load_strict(lm, tensors, directory)
     return lm.eval()
@@ -581,6 +580,62 @@ def config_from_original(theirs: dict, directory) -> Config:
     if theirs.get("classifier_free_guidance"):
         values["cfg_coef"] = float(theirs["classifier_free_guidance"]["inference_coef"])
     return Config(**values)
+
+
+def export_transformers(lm: LMModel, codec, directory):
+    """Writes a directory that transformers' Musicgen(Melody)ForConditionalGeneration and processor load.
+
+    lm with its T5, and its codec (not folded) as one. Raises UserError for what transformers has no word for.
+    Note that transformers feeds one-hot C where there is no melody: see `conditioners.null_melody`.
+    """
+    import tempfile
+    from pathlib import Path
+    from encodec import read_json, read_tensors, write_tensors
+    from config import write_atomic
+    c, directory = lm.config, Path(directory)
+    melody = c.melody == "prepend"
+    checks = [("text", c.text, "prepend" if melody else "cross"), ("melody", c.melody, "prepend" if melody else "none"),
+              ("positional_embedding", c.positional_embedding, "sin"), ("qk_layer_norm", c.qk_layer_norm, False),
+              ("pattern", c.pattern, "delay"), ("max_period", c.max_period, 10000.0),
+              ("delays", c.delays, tuple(k // c.channels for k in range(c.n_q)))]
+    for name, value, needed in checks:
+        if value != needed:
+            raise UserError(f"transformers has no {name} = {value!r} (only {needed!r}), so this model cannot be exported")
+
+    tensors = {}
+    ours = lm.state_dict()
+    for name, parts in name_table(c, original=False).items():
+        tensors |= zip(parts, ours[name].chunk(len(parts)))
+    t5 = lm.conditioner.text.encoder()
+    tensors |= {f"text_encoder.{name}": t for name, t in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    with tempfile.TemporaryDirectory() as temporary:
+        codec.to_hf(temporary)
+        audio_encoder = read_json(Path(temporary) / "config.json")
+        tensors |= {f"audio_encoder.{name}": t for name, t in read_tensors(temporary)}
+    write_tensors(directory / "model.safetensors", tensors)
+
+    decoder = dict(
+        model_type="musicgen_melody_decoder" if melody else "musicgen_decoder", vocab_size=c.card, hidden_size=c.dim,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, ffn_dim=c.hidden_scale * c.dim,
+        num_codebooks=c.n_q, audio_channels=c.channels, activation_function="gelu", scale_embedding=False, dropout=0.0,
+        max_position_embeddings=2048, pad_token_id=c.card, bos_token_id=c.card, tie_word_embeddings=False)
+    kind = "MusicgenMelody" if melody else "Musicgen"
+    config = dict(model_type="musicgen_melody" if melody else "musicgen", architectures=[f"{kind}ForConditionalGeneration"],
+                  text_encoder=t5.config.to_dict(), audio_encoder=audio_encoder, decoder=decoder)
+    special = dict(pad_token_id=c.card, bos_token_id=c.card, decoder_start_token_id=c.card)
+    generation = dict(do_sample=True, guidance_scale=c.cfg_coef, top_k=c.top_k, temperature=c.temperature,
+                      max_length=round(c.segment_duration * c.sample_rate / c.stride), **special)
+    features = dict(feature_extractor_type="EncodecFeatureExtractor", sampling_rate=c.sample_rate, feature_size=c.channels)
+    if melody:
+        config |= dict(num_chroma=c.n_chroma, chroma_length=c.chroma_frames)
+        features = dict(
+            feature_extractor_type="MusicgenMelodyFeatureExtractor", sampling_rate=c.sample_rate, num_chroma=c.n_chroma,
+            feature_size=c.n_chroma, n_fft=2 ** c.radix2_exp, hop_length=2 ** c.radix2_exp // 4,
+            chunk_length=round(c.segment_duration))
+    features["processor_class"] = f"{kind}Processor"
+    lm.conditioner.text.tokenizer().save_pretrained(directory)
+    for name, values in (("config", config), ("generation_config", generation), ("preprocessor_config", features)):
+        write_atomic(directory / f"{name}.json", json.dumps(values, indent=1).encode())
 
 
 def demo():

@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chroma import ChromaExtractor, separate
 from config import UserError, pick_device, run, write_atomic
 from encodec import EncodecModel, open_checkpoint, read_audio, write_audio
 from lm import LMModel, condition_passes, generate
@@ -68,8 +67,7 @@ class MusicGen:
             raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
         device, directory = pick_device(device), open_checkpoint(name_or_dir)
         lm = LMModel.from_pretrained(directory, DTYPES[dtype]).to(device)
-        inside = directory / "codec"
-        codec = EncodecModel.from_pretrained(str(inside) if inside.is_dir() else lm.config.codec)
+        codec = load_codec(directory, lm)
         # the codec's convolutions and nearest-neighbour search are not to be trusted on mps; it is a small part
         return cls(lm, codec.fold().to("cpu" if device.type == "mps" else device))
 
@@ -82,6 +80,7 @@ class MusicGen:
 
     def melody_chroma(self, melody, sample_rate: int | None = None, stem: str | None = None) -> torch.Tensor:
         """Melody wave (L,) or (C, L) of any rate -> chroma (M, Q) of its separated stem, however long it is."""
+        from chroma import ChromaExtractor, separate
         wav = torch.as_tensor(melody).detach().float().cpu()
         wav = wav[None] if wav.dim() == 1 else wav
         if wav.dim() != 2 or not wav.numel() or not wav.isfinite().all():
@@ -176,11 +175,13 @@ class MusicGen:
                 break
             start = 0 if p < longest else p - overlap
             end = min(T, start + longest)
-            # `coarse first` and the like lay out a whole window: an early end would change what they see
             passes = condition_passes(self.lm, descriptions, end - start, *self._window(chromas, start), guidance, two_step)
+            begun = done.shape[-1] - (T - bar.total)
+
+            def show(step, steps):      # a window has a few steps more than frames: the delays
+                bar.update(begun + min(step, end - p) - bar.n)
             codes = generate(self.lm, passes, end - start, [seed + 1_000_003 * window for seed in seeds],
-                             done[..., start:] if p > start else None, guidance, temperature, top_k, top_p,
-                             lambda step, steps: bar.update(max(0, min(end, p + step) - bar.n - (T - bar.total))))
+                             done[..., start:] if p > start else None, guidance, temperature, top_k, top_p, show)
             done = torch.cat([done, codes[..., p - start:].cpu()], dim=-1)
         bar.close()
         return done
@@ -190,6 +191,12 @@ class MusicGen:
         """Codes (B, K, T) -> wav (B, C, L), cut to `duration` seconds."""
         wav = self.codec.decode(codes.to(device_of(self.codec))).float().cpu()
         return wav if duration is None else wav[..., :max(1, round(duration * self.sample_rate))]
+
+
+def load_codec(name_or_dir, lm: LMModel) -> EncodecModel:
+    """The codec inside a model's directory, else the one that its configuration names."""
+    inside = open_checkpoint(name_or_dir) / "codec"
+    return EncodecModel.from_pretrained(inside if inside.is_dir() else lm.config.codec)
 
 
 def device_of(module) -> torch.device:
@@ -243,8 +250,8 @@ def main(argv):
     args = parse(argv)
     if args.export_hf:
         from lm import export_transformers
-        model = MusicGen.from_pretrained(args.checkpoint, "cpu")
-        export_transformers(model.lm, model.codec, args.export_hf)
+        lm = LMModel.from_pretrained(args.checkpoint)
+        export_transformers(lm, load_codec(args.checkpoint, lm), args.export_hf)
         print(args.export_hf)
         return
     texts = [text or None for text in args.text or [None]]
