@@ -8,7 +8,7 @@ Codebook 1 names the entry nearest to the vector, codebook 2 the one nearest to 
 
 Entries are not learnt by gradient. Each is the moving average of the vectors it was nearest to (van den Oord et
 al., arXiv 1711.00937, appendix A.1): N is the average count of an entry, A the average sum, and E = A / N.
-The gradient passes the quantizer unchanged ("straight through"), and a commitment loss pulls x to its entry.
+The gradient passes the quantizer unchanged ("straight through"), and a commitment loss pulls x to its entries.
 """
 import torch
 import torch.distributed as dist
@@ -28,50 +28,50 @@ class ResidualVectorQuantizer(nn.Module):
                  kmeans_iters: int = 50, threshold_dead: float = 2.0, q_dropout: bool = False,
                  epsilon: float = 1e-5):
         super().__init__()
-        self.q_dropout, self.kmeans_iters = q_dropout, kmeans_iters
-        self.codebooks = nn.ModuleList(Codebook(dimension, card, decay, kmeans_init, threshold_dead, epsilon)
-                                       for _ in range(n_q))
+        self.q_dropout = q_dropout
+        self.codebooks = nn.ModuleList(
+            Codebook(dimension, card, decay, kmeans_iters if kmeans_init else 0, threshold_dead, epsilon)
+            for _ in range(n_q))
 
     def forward(self, x, n_q: int | None = None):
         """x (B, Z, T) -> quantized (B, Z, T), codes (B, K, T), commitment loss (mean over levels).
 
         In training mode the codebooks learn from the x of all processes: two with half a batch each end up with
-        the codebooks that one with the whole batch would have.
+        the codebooks that one with the whole batch would have. q_dropout then uses a random number of codebooks.
         """
         B, Z, T = x.shape
-        with torch.autocast(x.device.type, enabled=False):  # half precision would pick wrong neighbours
-            x = x.float()
-            residual = x.transpose(1, 2).reshape(B * T, Z)
+        x = x.float()  # whatever the precision around it: half would pick wrong neighbours
+        residual = x.transpose(1, 2).reshape(B * T, Z)
+        if self.training:
+            rows = _joint_rows(B * T, x.device)
+            # Passes so far seed all draws: every process draws alike, and a resumed run as if never stopped.
+            passes = [int(n) for n in torch.cat([c.inited for c in self.codebooks]).tolist()]
+            if n_q is None and self.q_dropout:
+                n_q = 1 + int(torch.randint(len(self.codebooks), (), generator=_generator(-1, passes[0])))
+        total, all_codes, losses = torch.zeros_like(residual), [], []
+        for k, codebook in enumerate(self._active(n_q)):
+            if self.training and passes[k] == 0:
+                codebook.start(residual.detach(), rows, _generator(k, 0))
+            codes = nearest(residual.detach(), codebook.embed)  # (B * T,)
+            entry = codebook.embed.float()[codes]
             if self.training:
-                rows = _joint_rows(B * T, x.device)
-                # Passes so far seed all draws: every process draws alike, and a resumed run as if never stopped.
-                passes = [int(n) for n in torch.cat([c.inited for c in self.codebooks]).tolist()]
-                if n_q is None and self.q_dropout:
-                    n_q = 1 + int(torch.randint(len(self.codebooks), (), generator=_generator(-1, passes[0])))
-            total, all_codes, losses = torch.zeros_like(residual), [], []
-            for k, codebook in enumerate(self._active(n_q)):
-                if self.training and passes[k] == 0:
-                    codebook.start(residual.detach(), self.kmeans_iters, rows, _generator(k, 0))
-                codes = nearest(residual.detach(), codebook.embed)  # (B * T,)
-                entry = codebook.embed[codes]
-                if self.training:
-                    codebook.learn(residual.detach(), codes, rows, _generator(k, passes[k] + 1))
-                losses.append(F.mse_loss(residual, entry))
-                residual, total = residual - entry, total + entry
-                all_codes.append(codes.view(B, T))
-            quantized = total.view(B, T, Z).transpose(1, 2)
-            # Straight through once, around the whole stack: the gradient with respect to x is the identity.
-            return x + (quantized - x).detach(), torch.stack(all_codes, 1), torch.stack(losses).mean()
+                codebook.learn(residual.detach(), codes, rows, _generator(k, passes[k] + 1))
+            losses.append(F.mse_loss(residual, entry))
+            residual, total = residual - entry, total + entry
+            all_codes.append(codes.view(B, T))
+        quantized = total.view(B, T, Z).transpose(1, 2)
+        # Straight through once, around the whole stack: the gradient with respect to x is the identity.
+        return x + (quantized - x).detach(), torch.stack(all_codes, 1), torch.stack(losses).mean()
 
     @torch.no_grad()
     def encode(self, x, n_q: int | None = None):
-        """x (B, Z, T) -> codes (B, K, T), K = n_q or all."""
+        """x (B, Z, T) -> codes (B, K, T), K = n_q or all. Raises UserError for an n_q that it does not have."""
         B, Z, T = x.shape
         residual, codes = x.float().transpose(1, 2).reshape(B * T, Z), []
         for codebook in self._active(n_q):
             codes.append(nearest(residual, codebook.embed))
             residual = residual - codebook.embed[codes[-1]]
-        return torch.stack(codes).view(-1, B, T).transpose(0, 1)  # (B, K, T)
+        return torch.stack(codes).view(-1, B, T).transpose(0, 1)
 
     def decode(self, codes):
         """codes (B, K, T), K at most n_q -> sum of their entries (B, Z, T)."""
@@ -90,26 +90,26 @@ class Codebook(nn.Module):
     `inited` counts training passes (0: the k-means start is still to come); other libraries just keep 1 there.
     """
 
-    def __init__(self, dimension: int, card: int, decay: float, kmeans_init: bool, threshold_dead: float,
-                 epsilon: float):
+    def __init__(self, dimension, card, decay, kmeans_iters, threshold_dead, epsilon):
         super().__init__()
-        self.decay, self.threshold_dead, self.epsilon = decay, threshold_dead, epsilon
+        self.decay, self.kmeans_iters = decay, kmeans_iters
+        self.threshold_dead, self.epsilon = threshold_dead, epsilon
         embed = torch.zeros(card, dimension)
-        if not kmeans_init:
+        if not kmeans_iters:
             nn.init.kaiming_uniform_(embed)
-        self.register_buffer("inited", torch.full((1,), 0.0 if kmeans_init else 1.0))
+        self.register_buffer("inited", torch.full((1,), 0.0 if kmeans_iters else 1.0))
         self.register_buffer("cluster_size", torch.zeros(card))
         self.register_buffer("embed", embed)
         self.register_buffer("embed_avg", embed.clone())
 
     @torch.no_grad()
-    def start(self, x, iters: int, rows, generator):
-        """First batch: entries become k-means centres of it (Lloyd's algorithm)."""
+    def start(self, x, rows, generator):
+        """First batch x (n, Z): entries become k-means centres of it (Lloyd's algorithm)."""
         (begin, end, total), card = rows, len(self.embed)
         sampled = _draw(total, min(total, KMEANS_SAMPLES * card), generator).to(x.device)
         mine = x[sampled[(sampled >= begin) & (sampled < end)] - begin]
         centres = _pick(x, _draw(total, card, generator), rows)
-        for _ in range(iters):
+        for _ in range(self.kmeans_iters):
             counts, sums = _statistics(mine, nearest(mine, centres), card)
             centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
         counts, _ = _statistics(x, nearest(x, centres), card)
@@ -123,7 +123,7 @@ class Codebook(nn.Module):
         """Moves the averages by one batch x (n, Z) with codes (n,), then restarts dead entries.
 
         An entry is dead when its average count is below threshold_dead, or below a quarter of the mean count where
-        that is less: a batch of fewer vectors than 2 per entry would have all entries dead for good.
+        that is less: in batches of fewer than 2 vectors per entry all would be dead for good.
         """
         counts, sums = _statistics(x, codes, len(self.embed))
         N = self.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
@@ -144,11 +144,13 @@ class Codebook(nn.Module):
 
 # --- pieces ------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def nearest(x, entries):
     """x (n, Z), entries (card, Z) -> argmin_v |x - e_v|^2 = argmax_v (x . e_v - |e_v|^2 / 2) (n,), in chunks."""
-    entries = entries.float()
-    bias = entries.square().sum(1) * -0.5
-    return torch.cat([F.linear(part, entries, bias).argmax(1) for part in x.split(max(1, CHUNK // len(entries)))])
+    with torch.autocast(x.device.type, enabled=False):
+        entries = entries.float()
+        bias = entries.square().sum(1) * -0.5
+        return torch.cat([F.linear(part, entries, bias).argmax(1) for part in x.split(max(1, CHUNK // len(entries)))])
 
 
 def _statistics(x, codes, card: int):
@@ -201,8 +203,7 @@ def _generator(codebook: int, step: int):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    rvq = ResidualVectorQuantizer(dimension=16, n_q=6, card=256, kmeans_iters=10)
-    vectors = torch.randn(1, 16, 4096)
+    rvq, vectors = ResidualVectorQuantizer(dimension=16, n_q=6, card=256, kmeans_iters=10), torch.randn(1, 16, 4096)
     for _ in range(10):
         rvq(vectors)
     codes = rvq.eval().encode(vectors)

@@ -1,0 +1,240 @@
+"""Residual vector quantizer against the numbers of the original, and what must hold beyond them.
+
+    python -m pytest tests/test_rvq.py
+"""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import rvq  # noqa: E402
+from config import UserError  # noqa: E402
+from rvq import ResidualVectorQuantizer  # noqa: E402
+
+BUFFERS = ("embed", "embed_avg", "cluster_size")
+
+
+def golden(name):
+    return {key: torch.from_numpy(value) for key, value in np.load(ROOT / "tests/golden" / name).items()}
+
+
+def worst(a, b):
+    """Largest deviation, relative to the largest value of the array."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+# --- the original's numbers ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("start", ["warm", "fresh"])
+def test_training_passes_agree_with_the_original(start):
+    g = golden("rvq_train.npz")
+    quantizer = ResidualVectorQuantizer(8, 3, 16, decay=0.99, kmeans_init=False, threshold_dead=0).train()
+    for k, codebook in enumerate(quantizer.codebooks):
+        for name in BUFFERS:
+            getattr(codebook, name).copy_(g[f"{start}.init.{name}"][k])
+    for i in range(5):
+        x = g[f"{start}.x"][i].requires_grad_()
+        quantized, codes, penalty = quantizer(x)
+        (penalty + (quantized * g[f"{start}.w"]).mean()).backward()
+        assert torch.equal(codes, g[f"{start}.codes"][i])
+        assert worst(quantized.detach(), g[f"{start}.quantized"][i]) < 1e-5
+        assert worst(penalty.detach(), g[f"{start}.penalty"][i]) < 1e-5
+        assert worst(x.grad, g[f"{start}.grad_x"][i]) < 1e-5
+        for k, codebook in enumerate(quantizer.codebooks):
+            for name in BUFFERS:
+                torch.testing.assert_close(getattr(codebook, name), g[f"{start}.{name}"][i][k], rtol=1e-4, atol=0)
+    quantizer.eval()
+    codes = quantizer.encode(g[f"{start}.eval.x"])
+    assert torch.equal(codes, g[f"{start}.eval.codes"])
+    assert worst(quantizer.decode(codes), g[f"{start}.eval.decoded"]) < 1e-5
+    two = quantizer.encode(g[f"{start}.eval.x"], n_q=2)
+    assert torch.equal(two, g[f"{start}.eval.codes_2q"])
+    assert worst(quantizer.decode(two), g[f"{start}.eval.decoded_2q"]) < 1e-5
+
+
+def test_evaluation_changes_nothing_and_agrees_with_encode():
+    quantizer = ResidualVectorQuantizer(6, 3, 16, kmeans_init=False).eval()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    x = torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0))
+    quantized, codes, _ = quantizer(x)
+    assert torch.equal(codes, quantizer.encode(x))
+    torch.testing.assert_close(quantized, quantizer.decode(codes))
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+# --- k-means -------------------------------------------------------------------------------------------------------
+
+def blobs(n, centres, seed=0):
+    """(1, Z, n) vectors around given centres (k, Z)"""
+    generator = torch.Generator().manual_seed(seed)
+    pick = torch.randint(len(centres), (n,), generator=generator)
+    return (centres[pick] + 0.01 * torch.randn(n, centres.shape[1], generator=generator)).T[None]
+
+
+def test_kmeans_start_finds_the_clusters_and_is_reproducible():
+    centres = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)) * 10
+    quantizers = [ResidualVectorQuantizer(5, 1, 32, kmeans_iters=10, threshold_dead=0) for _ in range(2)]
+    for quantizer in quantizers:
+        assert not quantizer.codebooks[0].inited
+        quantizer.train()(blobs(500, centres))
+        assert quantizer.codebooks[0].inited
+    for name in BUFFERS:
+        assert torch.equal(*(getattr(q.codebooks[0], name) for q in quantizers))
+    x = blobs(200, centres, seed=2)
+    error = (x - quantizers[0].eval()(x)[0]).square().mean()
+    assert error < 1e-3
+    codebook = quantizers[0].codebooks[0]  # sums and counts belong to the entries: the next pass keeps them in place
+    before = codebook.embed.clone()
+    quantizers[0].train()(x)
+    assert (codebook.embed - before).abs().max() < 0.05
+
+
+def test_start_and_search_never_hold_samples_times_entries(monkeypatch):
+    largest, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(rvq.F, "linear", lambda *a: largest.append(linear(*a).numel()) or linear(*a))
+    monkeypatch.setattr(rvq, "CHUNK", 1000)
+    monkeypatch.setattr(rvq, "KMEANS_SAMPLES", 4)
+    x = torch.randn(1, 3, 3000)
+    ResidualVectorQuantizer(3, 1, 50, kmeans_iters=2).train()(x)
+    assert max(largest) <= 1000  # 3000 x 50 distances in all
+
+
+def test_fewer_vectors_than_entries():
+    quantizer = ResidualVectorQuantizer(4, 2, 64).train()
+    for seed in range(3):
+        quantized, codes, loss = quantizer(torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(seed)))
+        assert quantized.isfinite().all() and loss.isfinite() and codes.max() < 64
+    assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
+# --- dead entries ----------------------------------------------------------------------------------------------------
+
+def test_a_restarted_entry_survives_the_pass_and_is_used():
+    generator = torch.Generator().manual_seed(3)
+    quantizer = ResidualVectorQuantizer(4, 1, 16, kmeans_init=False, threshold_dead=2.0).train()
+    codebook = quantizer.codebooks[0]
+    x = torch.randn(1, 4, 800, generator=generator)
+    codebook.embed.copy_(x[0].T[:16])
+    codebook.cluster_size.fill_(50.0)
+    codebook.embed[5] = 1000.0  # where no vector ever is
+    codebook.cluster_size[5] = 0.0
+    codebook.embed_avg.copy_(codebook.embed * codebook.cluster_size[:, None])
+    quantizer(x)
+    assert (x[0].T - codebook.embed[5]).norm(dim=1).min() < 1e-6  # now one of the vectors
+    assert codebook.cluster_size[5] > 2.0
+    torch.testing.assert_close(codebook.embed_avg[5] / codebook.cluster_size[5], codebook.embed[5])
+    _, codes, _ = quantizer(torch.randn(1, 4, 800, generator=generator))
+    assert (codes == 5).any()
+    assert codebook.embed[5].abs().max() < 10
+
+
+def test_small_batches_do_not_restart_everything():
+    quantizer = ResidualVectorQuantizer(4, 1, 64, kmeans_init=False, threshold_dead=2.0).train()
+    codebook = quantizer.codebooks[0]
+    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    codebook.embed.copy_(x[0].T)
+    codebook.embed_avg.copy_(x[0].T)
+    codebook.cluster_size.fill_(1.0)  # one vector an entry: all below 2
+    quantizer(x)
+    torch.testing.assert_close(codebook.embed, x[0].T)
+
+
+def test_restarts_bring_all_entries_into_use():
+    centres = torch.randn(32, 4, generator=torch.Generator().manual_seed(5)) * 3
+    used = {}
+    for threshold in (0.0, 2.0):
+        quantizer = ResidualVectorQuantizer(4, 1, 32, decay=0.8, kmeans_init=False, threshold_dead=threshold).train()
+        quantizer.codebooks[0].embed.copy_(centres[:1] + 0.01 * torch.randn(32, 4))
+        for i in range(60):
+            _, codes, _ = quantizer(blobs(640, centres, seed=i))
+        used[threshold] = len(codes.unique())
+    assert used[2.0] >= 29 and used[2.0] > used[0.0]
+
+
+# --- training options ------------------------------------------------------------------------------------------------
+
+def test_quantizer_dropout_draws_every_number_of_codebooks_in_training_only():
+    quantizer = ResidualVectorQuantizer(4, 3, 8, kmeans_iters=2, q_dropout=True).train()
+    x = torch.randn(1, 4, 40, generator=torch.Generator().manual_seed(0))
+    assert {quantizer(x)[1].shape[1] for _ in range(30)} == {1, 2, 3}
+    assert quantizer(x, n_q=2)[1].shape[1] == 2
+    assert quantizer.eval()(x)[1].shape[1] == 3
+
+
+def test_resuming_from_the_buffers_continues_exactly():
+    x = [torch.randn(1, 4, 50, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    make = lambda: ResidualVectorQuantizer(4, 2, 32, kmeans_iters=3, q_dropout=True).train()  # noqa: E731
+    whole, first, second = make(), make(), make()
+    for batch in x:
+        whole(batch)
+    for batch in x[:3]:
+        first(batch)
+    second.load_state_dict(first.state_dict())
+    for batch in x[3:]:
+        second(batch)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), second.state_dict().values()))
+
+
+def test_half_precision_autocast_does_not_change_codes():
+    quantizer = ResidualVectorQuantizer(16, 2, 64, kmeans_init=False).eval()
+    x = torch.randn(1, 16, 200, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer(x)[1], quantizer.encode(x))
+
+
+@pytest.mark.parametrize("n_q", [0, -1, 5])
+def test_asking_for_codebooks_that_are_not_there(n_q):
+    with pytest.raises(UserError, match="3 codebooks"):
+        ResidualVectorQuantizer(4, 3, 8).encode(torch.randn(1, 4, 5), n_q=n_q)
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+TRAIN = """
+import sys, torch
+import torch.distributed as dist
+from rvq import ResidualVectorQuantizer
+rank, world, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+quantizer = ResidualVectorQuantizer(4, 3, 16, kmeans_iters=5, q_dropout=True).train()
+torch.manual_seed(0)
+batches = torch.randn(5, 4, 4, 40)
+batches[3:] *= 5  # far from what the entries know: some die
+quantizer.codebooks[0].decay = 0.3
+for batch in batches:
+    quantizer(batch.chunk(world)[rank])
+if rank == 0:
+    torch.save(quantizer.state_dict(), out)
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def train_with(world, path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    jobs = [subprocess.Popen([sys.executable, "-c", TRAIN, str(rank), str(world), str(port), str(path)], env=environment)
+            for rank in range(world)]
+    try:
+        assert [job.wait(120) for job in jobs] == [0] * world
+    finally:
+        for job in jobs:
+            job.kill()
+    return torch.load(path, weights_only=True)
+
+
+def test_two_processes_learn_the_codebooks_of_one_with_the_joint_batch(tmp_path):
+    two, one = train_with(2, tmp_path / "two.pt"), train_with(1, tmp_path / "one.pt")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
