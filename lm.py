@@ -570,7 +570,7 @@ def config_from_original(theirs: dict, directory) -> Config:
     values = dict(
         channels=theirs.get("channels", 1), sample_rate=theirs["sample_rate"], codec=str(directory),
         segment_duration=float(theirs["dataset"]["segment_duration"]), null_melody="c",
-        text=fusion("description"), melody=fusion("self_wav"), t5=text["t5"]["name"] if text else "t5-base",
+        text=fusion("description") if text else "none", melody=fusion("self_wav") if chroma else "none", t5=text["t5"]["name"] if text else "t5-base",
         dim=model["dim"], num_heads=model["num_heads"], num_layers=model["num_layers"],
         hidden_scale=model["hidden_scale"], n_q=model["n_q"], card=model["card"],
         positional_embedding=model.get("positional_embedding", "sin"), delays=tuple(delays),

@@ -312,7 +312,7 @@ def describe(args, text, melody, seed, out, config) -> str:
     given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "overwrite", "export_hf")}
     flags = {**({"text": text} if text else {}), **({"melody": melody} if melody else {}), **given, "seed": seed, "out": str(out)}
     command = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-    used = {key: given.get(name, getattr(config, key)) for name, key in (
+    used = {name: given.get(name, getattr(config, key)) for name, key in (
         ("guidance", "cfg_coef"), ("temperature", "temperature"), ("top_k", "top_k"), ("top_p", "top_p"))}
     return json.dumps({**flags, "settings": used, "torch": torch.__version__,
                        "command": "python sample.py " + shlex.join(command), "config": dataclasses.asdict(config)}, indent=1) + "\n"
