@@ -506,23 +506,27 @@ def read_codec(name, dtype):
         inside = "audio_encoder" in values
         tensors = dict(read_tensors(directory, "audio_encoder." if inside else "", dtype))
         books = len({n.split(".")[2] for n in tensors if n.startswith("quantizer.layers.")})
-        config, column = _config_from_transformers(values["audio_encoder"] if inside else values, books, name), 1
+        values, column = _config_from_transformers(values["audio_encoder"] if inside else values, books, name), 1
     elif (directory / "compression_state_dict.bin").is_file():
         tensors, values = read_original(directory / "compression_state_dict.bin")
         if "pretrained" in values:
             return read_codec(values["pretrained"], dtype)
         tensors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}
-        config, column = _config_from_original(values, name), 2
+        values, column = _config_from_original(values, name), 2
     else:
         raise UserError(f"{name}: has neither config.json nor compression_state_dict.bin, so not a codec we know")
     tensors = {re.sub(r"weight_([gv])$", lambda m: f"parametrizations.weight.original{'gv'.index(m[1])}", n): t
                for n, t in tensors.items()}  # weight norm is spelt in an old and a new way
+    try:
+        config = Config(task="codec", **values)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     with torch.device("meta"):
         ours = {their_name(n, column): n for n in EncodecModel(config).state_dict()}
     return config, {ours.get(n, n): t for n, t in tensors.items()}
 
 
-def _config_from_transformers(values: dict, books: int, where) -> Config:
+def _config_from_transformers(values: dict, books: int, where) -> dict:
     from transformers import EncodecConfig  # for the defaults that a file may leave out
     if values.get("model_type") != "encodec":
         raise UserError(f"{where}: model_type = {values.get('model_type')!r}, only encodec codecs can be read")
@@ -536,11 +540,11 @@ def _config_from_transformers(values: dict, books: int, where) -> Config:
             raise UserError(f"{where}: {key} = {getattr(theirs, key)!r} is not supported, only {value!r}")
     # Older versions of transformers count 10 bits a codebook whatever its size: believe the file if it agrees.
     n_q = books if books == int(bits // 10) else int(bits // math.ceil(math.log2(theirs.codebook_size)))
-    return Config(task="codec", n_q=n_q, true_skip=not theirs.use_conv_shortcut,
-                  **{ours: getattr(theirs, key) for ours, key, _ in FIELDS})
+    return dict(n_q=n_q, true_skip=not theirs.use_conv_shortcut,
+                **{ours: getattr(theirs, key) for ours, key, _ in FIELDS})
 
 
-def _config_from_original(tree: dict, where) -> Config:
+def _config_from_original(tree: dict, where) -> dict:
     def look(path):
         value = tree
         for key in path.split("."):
@@ -552,8 +556,8 @@ def _config_from_original(tree: dict, where) -> Config:
     for _, key, value in ONLY:
         if key and look(key) != value:
             raise UserError(f"{where}: {key} = {look(key)!r} is not supported, only {value!r}")
-    return Config(task="codec", n_q=look("rvq.n_q"), true_skip=look("seanet.true_skip"),
-                  **{ours: look(key) for ours, _, key in FIELDS})
+    return dict(n_q=look("rvq.n_q"), true_skip=look("seanet.true_skip"),
+                **{ours: look(key) for ours, _, key in FIELDS})
 
 
 # --- audio files -------------------------------------------------------------------------------------------------
