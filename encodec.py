@@ -22,12 +22,13 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from config import Config, UserError, run, write_atomic
-from rvq import ResidualVectorQuantizer, process_count, sum_over_processes
+from rvq import ResidualVectorQuantizer, process_count
 
 PIECE = 500  # frames of a piece when long audio is coded piece by piece
 
@@ -766,8 +767,9 @@ class Balancer(nn.Module):
                 continue
             g, = torch.autograd.grad(losses[name], output, retain_graph=True)
             norm = g.flatten(1).norm(dim=1).mean() if self.per_item else g.norm()
-            norm = norm / process_count()                # a mean over fewer items has larger gradients ...
-            sum_over_processes(norm).div_(process_count())
+            if process_count() > 1:  # each has the mean over its own, fewer, items: larger gradients
+                dist.all_reduce(norm)
+                norm = norm / process_count() ** 2
             self.norms[i] = self.decay * self.norms[i] + norm
             self.counts[i] = self.decay * self.counts[i] + 1
             factor = share * self.weights[name] / (1e-12 + self.norms[i] / self.counts[i])

@@ -36,30 +36,31 @@ class ResidualVectorQuantizer(nn.Module):
     def forward(self, x, n_q: int | None = None):
         """x (B, Z, T) -> quantized (B, Z, T), codes (B, K, T), commitment loss (mean over levels).
 
-        In training mode the codebooks learn from the x of all processes: two with half a batch each end up with
-        the codebooks that one with the whole batch would have. q_dropout then uses a random number of codebooks.
+        In training mode the codebooks learn from the x of all processes (of equal size): two with half a batch each
+        end up with the codebooks of one with the whole batch. q_dropout then uses a random number of codebooks.
         """
         B, Z, T = x.shape
         x = x.float()  # whatever the precision around it: half would pick wrong neighbours
         residual = x.transpose(1, 2).reshape(B * T, Z)
+        joint, mine = _of_all_processes(residual.detach()) if self.training else (residual.detach(), slice(None))
         if self.training:
-            rows = _joint_rows(B * T, x.device)
+            joint = joint.nan_to_num(0.0, 0.0, 0.0)  # a NaN would stay in the averages for good
             # Passes so far seed all draws: every process draws alike, and a resumed run as if never stopped.
             passes = [int(n) for n in torch.cat([c.inited for c in self.codebooks]).tolist()]
             if n_q is None and self.q_dropout:
                 n_q = 1 + int(torch.randint(len(self.codebooks), (), generator=_generator(-1, passes[0])))
-        total, all_codes, losses = torch.zeros_like(residual), [], []
+        all_codes, losses = [], []
         for k, codebook in enumerate(self._active(n_q)):
             if self.training and passes[k] == 0:
-                codebook.start(residual.detach(), rows, _generator(k, 0))
-            codes = nearest(residual.detach(), codebook.embed)  # (B * T,)
-            entry = codebook.embed.float()[codes]
+                codebook.start(joint, _generator(k, 0))
+            codes = nearest(joint, codebook.embed)
+            entries = codebook.embed.float()[codes]
             if self.training:
-                codebook.learn(residual.detach(), codes, rows, _generator(k, passes[k] + 1))
-            losses.append(F.mse_loss(residual, entry))
-            residual, total = residual - entry, total + entry
-            all_codes.append(codes.view(B, T))
-        quantized = total.view(B, T, Z).transpose(1, 2)
+                codebook.learn(joint, codes, _generator(k, passes[k] + 1))
+            losses.append(F.mse_loss(residual, entries[mine]))
+            joint, residual = joint - entries, residual - entries[mine]
+            all_codes.append(codes[mine].view(B, T))
+        quantized = x - residual.view(B, T, Z).transpose(1, 2)
         # Straight through once, around the whole stack: the gradient with respect to x is the identity.
         return x + (quantized - x).detach(), torch.stack(all_codes, 1), torch.stack(losses).mean()
 
@@ -87,8 +88,7 @@ class ResidualVectorQuantizer(nn.Module):
 class Codebook(nn.Module):
     """`card` entries E (`embed`) with the moving averages of their sums A (`embed_avg`) and counts N.
 
-    `inited` counts training passes (0: the k-means start is still to come); other libraries just keep 1 there.
-    """
+    `inited` counts training passes (0: the k-means start is to come); other libraries just keep 1 there."""
 
     def __init__(self, dimension, card, decay, kmeans_iters, threshold_dead, epsilon):
         super().__init__()
@@ -103,14 +103,12 @@ class Codebook(nn.Module):
         self.register_buffer("embed_avg", embed.clone())
 
     @torch.no_grad()
-    def start(self, x, rows, generator):
+    def start(self, x, generator):
         """First batch x (n, Z): entries become k-means centres of it (Lloyd's algorithm)."""
-        (begin, end, total), card = rows, len(self.embed)
-        sampled = _draw(total, min(total, KMEANS_SAMPLES * card), generator).to(x.device)
-        mine = x[sampled[(sampled >= begin) & (sampled < end)] - begin]
-        centres = _pick(x, _draw(total, card, generator), rows)
+        card = len(self.embed)
+        sample, centres = _pick(x, min(len(x), KMEANS_SAMPLES * card), generator), _pick(x, card, generator)
         for _ in range(self.kmeans_iters):
-            counts, sums = _statistics(mine, nearest(mine, centres), card)
+            counts, sums = _statistics(sample, nearest(sample, centres), card)
             centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
         counts, _ = _statistics(x, nearest(x, centres), card)
         counts.clamp_(min=1)  # a centre without vectors keeps its place until it counts as dead
@@ -119,7 +117,7 @@ class Codebook(nn.Module):
         self.embed_avg.copy_(centres * counts[:, None])  # A = E N; the original's A = E shrinks E at the next pass
 
     @torch.no_grad()
-    def learn(self, x, codes, rows, generator):
+    def learn(self, x, codes, generator):
         """Moves the averages by one batch x (n, Z) with codes (n,), then restarts dead entries.
 
         An entry is dead when its average count is below threshold_dead, or below a quarter of the mean count where
@@ -134,7 +132,7 @@ class Codebook(nn.Module):
         if self.threshold_dead > 0:
             mean = N.mean()
             dead = N < (mean / 4).clamp(max=self.threshold_dead)
-            fresh = _pick(x, _draw(rows[-1], len(N), generator), rows)  # (card, Z): vectors of this batch
+            fresh = _pick(x, len(N), generator)  # (card, Z): vectors of this batch
             # Entry, sum and count restart together, as an entry of average use. The original replaces only the
             # entry, and the next E = A / N of the same pass puts it back where nothing is.
             self.embed.copy_(torch.where(dead[:, None], fresh, self.embed))
@@ -154,51 +152,31 @@ def nearest(x, entries):
 
 
 def _statistics(x, codes, card: int):
-    """Count (card,) and sum (card, Z) of the vectors of each entry, over all processes."""
-    both = x.new_zeros(card, x.shape[1] + 1)
-    both[:, 1:].index_add_(0, codes, x)
-    both[:, 0] = torch.bincount(codes, minlength=card)
-    sum_over_processes(both)
-    return both[:, 0].clone(), both[:, 1:]
+    """Count (card,) and sum (card, Z) of the vectors x (n, Z) of each entry."""
+    return torch.bincount(codes, minlength=card).to(x), x.new_zeros(card, x.shape[1]).index_add_(0, codes, x)
+
+
+def _pick(x, n: int, generator):
+    """n random rows of x, each at most once if there are enough."""
+    draws = torch.randperm(len(x), generator=generator)[:n]
+    return x[(draws if len(x) >= n else torch.randint(len(x), (n,), generator=generator)).to(x.device)]
+
+
+def _generator(codebook: int, step: int):
+    return torch.Generator().manual_seed(1_000_003 * (codebook + 2) + step)
 
 
 def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def sum_over_processes(tensor):
-    """Replaces the tensor, in place, by its sum over all processes -> the tensor."""
-    if process_count() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def _joint_rows(n: int, device):
-    """(begin, end, total): where this process' n rows lie in the joint batch of all processes."""
+def _of_all_processes(x):
+    """x (n, Z) of each process -> all of them (n * processes, Z), and the slice of it that is this process' own."""
     if process_count() == 1:
-        return 0, n, n
-    sizes = torch.zeros(process_count(), device=device, dtype=torch.long)
-    sizes[dist.get_rank()] = n
-    ends = sum_over_processes(sizes).cumsum(0).tolist()
-    return ends[dist.get_rank()] - n, ends[dist.get_rank()], ends[-1]
-
-
-def _pick(x, indices, rows):
-    """Rows of the joint batch, the same on every process. x: this process' (n, Z) -> (len(indices), Z)"""
-    indices = indices.to(x.device)
-    mine = (indices >= rows[0]) & (indices < rows[1])
-    return sum_over_processes(x[(indices - rows[0]).clamp(0, len(x) - 1)] * mine[:, None])
-
-
-def _draw(total: int, n: int, generator):
-    """n random numbers below total, each at most once if there are enough."""
-    if total < n:
-        return torch.randint(total, (n,), generator=generator)
-    return torch.randperm(total, generator=generator)[:n]
-
-
-def _generator(codebook: int, step: int):
-    return torch.Generator().manual_seed(1_000_003 * (codebook + 2) + step)
+        return x, slice(None)
+    parts = [torch.empty_like(x) for _ in range(process_count())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts), slice(dist.get_rank() * len(x), (dist.get_rank() + 1) * len(x))
 
 
 if __name__ == "__main__":
