@@ -360,12 +360,13 @@ def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
     state_dict.bin. Nothing in the files is executed. Raises UserError naming the file that is missing or damaged.
     """
     for path in _weight_files(Path(directory)):
-        if path.suffix == ".bin":
-            found = read_pickle(path)
-            found = iter((found if path.name != "state_dict.bin" else found["best_state"]).items())
-        else:
+        if path.suffix == ".safetensors":
             found = _read_safetensors(path)
+        else:
+            found = (read_original(path)[0] if path.name == "state_dict.bin" else read_pickle(path)).items()
         for name, tensor in found:
+            if not isinstance(tensor, torch.Tensor):
+                raise UserError(f"{path}: {name} is not a tensor")
             if name.startswith(prefix):
                 cast = dtype is not None and tensor.is_floating_point()
                 yield name[len(prefix):], tensor.to(dtype) if cast else tensor
@@ -408,12 +409,12 @@ def read_original(path) -> tuple[dict, dict]:
     """(tensors by name, configuration) of state_dict.bin or compression_state_dict.bin of the original."""
     value = read_pickle(path)
     if "pretrained" in value:
-        return {}, {"pretrained": value["pretrained"]}
+        return {}, {"pretrained": str(value["pretrained"])}
     try:
         import yaml
         config, state = yaml.safe_load(value["xp.cfg"]), value["best_state"]
         state = state.get("model", state)
-        assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values())
+        assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values()), "other things"
         return state, config
     except ImportError:
         raise UserError(f"{path}: its configuration is YAML; pip install pyyaml to read it") from None
@@ -495,7 +496,7 @@ def their_name(name: str, column: int) -> str:
     return name
 
 
-def read_codec(name, dtype):
+def read_codec(name, dtype, named_by=None):
     """(Config, tensors under our names) of a codec in any of the formats that from_pretrained takes."""
     directory = open_checkpoint(name)
     if (directory / "codec" / "config.json").is_file():  # a language model of ours, with its codec inside
@@ -511,8 +512,10 @@ def read_codec(name, dtype):
     elif (directory / "compression_state_dict.bin").is_file():
         tensors, values = read_original(directory / "compression_state_dict.bin")
         if "pretrained" in values:
-            return read_codec(values["pretrained"], dtype)
-        tensors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}
+            if named_by:  # or they might name each other for ever
+                raise UserError(f"{named_by}: names the codec {name}, which only names another one")
+            return read_codec(values["pretrained"], dtype, named_by=name)
+        tensors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}  # codecs have only floating ones
         values, column = _config_from_original(values, name), 2
     else:
         raise UserError(f"{name}: has neither config.json nor compression_state_dict.bin, so not a codec we know")
@@ -529,8 +532,9 @@ def read_codec(name, dtype):
 
 def _config_from_transformers(values: dict, books: int, where) -> dict:
     from transformers import EncodecConfig  # for the defaults that a file may leave out
-    if values.get("model_type") != "encodec":
-        raise UserError(f"{where}: model_type = {values.get('model_type')!r}, only encodec codecs can be read")
+    kind = values.get("model_type") if isinstance(values, dict) else values
+    if kind != "encodec":
+        raise UserError(f"{where}: a codec of model_type = {kind!r:.40} cannot be read, only encodec")
     try:
         theirs = EncodecConfig(**values)
         bits = 1000 * theirs.target_bandwidths[-1] / math.ceil(theirs.sampling_rate / theirs.hop_length)
@@ -546,14 +550,14 @@ def _config_from_transformers(values: dict, books: int, where) -> dict:
 
 
 def _config_from_original(tree: dict, where) -> dict:
-    def look(path):
+    def look(path, depth=0):
         value = tree
         for key in path.split("."):
-            if not isinstance(value, dict) or key not in value:
+            if not isinstance(value, dict) or key not in value or depth > 9:
                 raise UserError(f"{where}: its configuration lacks {path}")
             value = value[key]
         reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
-        return look(reference[1]) if reference and reference[1] != path else value  # ${channels} stands for channels
+        return look(reference[1], depth + 1) if reference else value  # ${channels} stands for channels
     for _, key, value in ONLY:
         if key and look(key) != value:
             raise UserError(f"{where}: {key} = {look(key)!r} is not supported, only {value!r}")

@@ -3,12 +3,14 @@
     python -m pytest tests/test_encodec.py
 """
 import dataclasses
+import functools
 import json
 import math
 import os
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,19 @@ STYLES = {
 }
 
 
+@functools.lru_cache
+def saved(style):
+    """Files of a codec that transformers wrote: {name: bytes}"""
+    with tempfile.TemporaryDirectory() as directory:
+        theirs(**STYLES[style]).save_pretrained(directory)
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def put(style, directory):
+    for name, content in saved(style).items():
+        (directory / name).write_bytes(content)
+
+
 def theirs(**changes):
     from transformers import EncodecConfig
     from transformers import EncodecModel as Theirs
@@ -120,22 +135,22 @@ def theirs(**changes):
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("L", [240, 241, 263, 100, 30, 5])
-def test_equal_to_transformers(style, L, tmp_path):
+def test_equal_to_transformers(style, tmp_path):
     reference = theirs(**STYLES[style])
     reference.save_pretrained(tmp_path)
-    codec = EncodecModel.from_pretrained(tmp_path)
+    codec, folded = EncodecModel.from_pretrained(tmp_path), EncodecModel.from_pretrained(tmp_path).fold()
     assert codec.num_codebooks == 4 and codec.frame_rate == 100 and codec.cardinality == 1024
-    wav = noise(2, codec.channels, L)
-    with torch.no_grad():
-        codes = reference.encode(wav, bandwidth=4.0).audio_codes[0]
-        assert worst(codec.encoder(wav), reference.encoder(wav)) < 1e-5
-        assert torch.equal(codec.encode(wav), codes)
-        expected = reference.decode(codes[None], [None]).audio_values
-    decoded = codec.decode(codes)
-    assert decoded.shape == (2, codec.channels, math.ceil(L / 24) * 24)
-    assert worst(decoded, expected) < 1e-5
-    assert worst(codec.fold().decode(codes), expected) < 1e-5
+    for L in (240, 241, 263, 100, 30, 5):
+        wav = noise(2, codec.channels, L)
+        with torch.no_grad():
+            codes = reference.encode(wav, bandwidth=4.0).audio_codes[0]
+            assert worst(codec.encoder(wav), reference.encoder(wav)) < 1e-5
+            assert torch.equal(codec.encode(wav), codes)
+            expected = reference.decode(codes[None], [None]).audio_values
+        decoded = codec.decode(codes)
+        assert decoded.shape == (2, codec.channels, math.ceil(L / 24) * 24)
+        assert worst(decoded, expected) < 1e-5
+        assert worst(folded.decode(codes), expected) < 1e-5
 
 
 @pytest.mark.parametrize("bandwidth, n_q", [(1.0, 1), (2.0, 2), (4.0, 4), (None, 4)])
@@ -153,7 +168,7 @@ def test_bandwidth_chooses_the_codebooks(bandwidth, n_q, tmp_path):
 
 
 def test_bandwidth_out_of_reach(tmp_path):
-    theirs().save_pretrained(tmp_path)
+    put("32 kHz", tmp_path)
     for choice in (dict(bandwidth=24.0), dict(bandwidth=0.1), dict(n_q=5), dict(n_q=0)):
         with pytest.raises(UserError, match="1 to 4 codebooks"):
             EncodecModel.from_pretrained(tmp_path, **choice)
@@ -167,8 +182,7 @@ def old_names(tensors):
 @pytest.mark.parametrize("form", ["old names", "new names", "bin", "sharded", "inside MusicGen", "half"])
 def test_forms_of_a_transformers_checkpoint(form, tmp_path):
     from safetensors.torch import load_file, save_file
-    reference = theirs(**STYLES["24 kHz"])
-    reference.save_pretrained(tmp_path)
+    put("24 kHz", tmp_path)
     codes = EncodecModel.from_pretrained(tmp_path).encode(noise(1, 1, 99))
     file = tmp_path / "model.safetensors"
     tensors = {name: value.clone() for name, value in load_file(file).items()}
@@ -229,7 +243,7 @@ def test_what_transformers_lacks_is_not_exported(tmp_path):
                                         ("codebook_dim", 4), ("model_type", "dac"), ("norm_type", "batch_norm"),
                                         ("pad_mode", "edge"), ("num_filters", "many"), ("upsampling_ratios", [])])
 def test_unsupported_configurations_are_named(key, value, tmp_path):
-    theirs().save_pretrained(tmp_path)
+    put("32 kHz", tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {key: value}))
     with pytest.raises(UserError, match=key.replace("_type", "") if value else str(tmp_path)):
@@ -309,10 +323,14 @@ def test_damaged_checkpoints_end_in_one_sentence(harm, tmp_path):
 
 @pytest.mark.parametrize("package", [{}, {"best_state": {}, "xp.cfg": "a: [1"}, {"best_state": {}, "xp.cfg": "{}"},
                                      {"best_state": [], "xp.cfg": "{}"},
-                                     {"best_state": {}, "xp.cfg": "sample_rate: ${sample_rate}"}, [1]])
+                                     {"best_state": {"x": "y"}, "xp.cfg": "{}"}, [1], {"pretrained": "/nowhere"},
+                                     {"best_state": {}, "xp.cfg": "encodec: {renormalize: '${a}'}\na: ${b}\nb: ${a}"}])
 def test_broken_original_checkpoints(package, tmp_path):
     torch.save(package, tmp_path / "compression_state_dict.bin")
-    with pytest.raises(UserError, match=str(tmp_path)):
+    with pytest.raises(UserError, match=f"{tmp_path}|/nowhere"):
+        EncodecModel.from_pretrained(tmp_path)
+    torch.save({"pretrained": str(tmp_path)}, tmp_path / "compression_state_dict.bin")  # itself
+    with pytest.raises(UserError, match="only names another"):
         EncodecModel.from_pretrained(tmp_path)
 
 
@@ -588,6 +606,19 @@ def test_balancer_agrees_with_the_original(prefix):
         assert worst(total, g[f"{prefix}.effective_loss"][i]) < 1e-5
         restored = encodec.Balancer(weights, 0.999)
         restored.load_state_dict(balancer.state_dict())
+
+
+def test_balancer_of_two_processes_sends_what_one_with_the_joint_batch_would(monkeypatch):
+    y, target = noise(1, 1, 40), noise(1, 1, 40, seed=1)
+
+    def gradient(items):
+        both = y.expand(items, -1, -1).clone().requires_grad_()
+        encodec.Balancer({"l1": 1.0}).backward({"l1": (both - target).abs().mean()}, both)
+        return both.grad.sum(0)
+    joint = gradient(items=2)
+    monkeypatch.setattr(encodec, "process_count", lambda: 2)
+    monkeypatch.setattr(encodec.dist, "all_reduce", lambda norm: norm.mul_(2))  # the other has the same item
+    torch.testing.assert_close(gradient(items=1), joint)  # the mean over two processes of this
 
 
 def test_demo_runs():
