@@ -2,12 +2,43 @@
 
     python train.py config/tiny_codec.py                    # one process
     torchrun --nproc_per_node=8 train.py config/melody.py   # eight; any key of config.py as --key=value
-"""
-import math
-from contextlib import contextmanager
+    ... --resume        continue, exactly as if never interrupted      --plan     sizes, without training
+    ... --eval          measure the trained model (--split=test)
 
+The loop is `train`; it reads straight down, its steps numbered as in README ("the life of a batch"). Everything
+random about item i of update u comes from a generator seeded (seed, u, i), so that one process or eight, resumed
+or not, train on the same data. `update` counts steps of the optimizer, from 0.
+"""
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from config import Config, UserError, load, pick_device, run, write_atomic
+from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
+                     generator_losses, mel_loss, open_checkpoint, read_audio, read_json,
+                     write_audio, write_tensors)
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+SPLITS = ("train", "valid", "test")
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # === optimizers =================================================================================================
 
@@ -169,11 +200,14 @@ class EMA:
 
     def __init__(self, module, decay=0.99, unbiased=True):
         self.module, self.decay, self.unbiased, self.count = module, decay, unbiased, 0.0
+        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}  # they are their own average
+        self.names = [n for n, value in module.state_dict().items() if value.is_floating_point() and n not in frozen]
         self.average = {name: value.float().clone() for name, value in self.values().items()}
 
     def values(self):
         """Name -> tensor, the module's own storage (shards under fully_shard)."""
-        return {name: value.detach() for name, value in self.module.state_dict().items() if value.is_floating_point()}
+        state = self.module.state_dict()
+        return {name: state[name].detach() for name in self.names}
 
     @torch.no_grad()
     def update(self):
@@ -196,3 +230,1007 @@ class EMA:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(local(self.values().values()), local(kept))
+
+
+def build_optimizers(module, config: Config) -> list:
+    """The optimizers of a module's trainable weights. `base_lr` of every group is what the schedule multiplies."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    params, shared = [p for _, p in named], dict(eps=config.eps, weight_decay=config.weight_decay)
+    if config.optim == "dadam":
+        optimizers = [DAdaptAdam(params, config.lr, config.betas, **shared)]
+    elif config.optim == "adamw":
+        optimizers = [torch.optim.AdamW(params, config.lr, config.betas, **shared)]
+    else:
+        directions = [p for name, p in named if name.endswith("weight.original1")]  # of weight norm
+        matrices = [p for name, p in named if p.ndim >= 2 and name.endswith("weight") and not re.search(ADAM, name)]
+        muon = {id(p) for p in directions + matrices}
+        groups = [dict(params=directions, keep_norm=True), dict(params=matrices)]
+        optimizers = [Muon([g for g in groups if g["params"]], config.lr, weight_decay=config.weight_decay),
+                      torch.optim.AdamW([p for p in params if id(p) not in muon], config.lr / 10, config.betas, **shared)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+ADAM = r"(^|\.)(emb|heads|proj|shared|embed_tokens|relative_attention_bias)\."  # tables, heads, what they feed
+
+# === data =======================================================================================================
+
+
+def split_of(folder, split: str) -> tuple[Path, bool]:
+    """Where a split lies: folder/split where there is one, else in folder itself. -> (folder, has its own)"""
+    own = Path(folder) / split
+    return (own, True) if own.is_dir() else (Path(folder), False)
+
+
+def hold_out(names: list[str], split: str) -> list[str]:
+    """Part of a folder without train/, valid/, test/ of its own: one name in twenty, at least one, for each of the
+    latter two, chosen by the checksum of the name."""
+    order = sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
+    n = max(1, len(order) // 20) if len(order) >= 3 else 0
+    return sorted({"valid": order[:n], "test": order[n:2 * n], "train": order[2 * n:]}[split])
+
+
+class AudioCrops:
+    """Random crops (C, L) of a folder of recordings, any rate and format, at any depth."""
+
+    def __init__(self, config: Config, split: str):
+        import soundfile
+        folder, own = split_of(config.data_dir, split)
+        if not folder.is_dir():
+            raise UserError(f"data_dir = {config.data_dir!r}: no such folder; give a folder of recordings")
+        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*")
+                       if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        self.config, self.paths, self.seconds = config, [], []
+        for name in names if own else hold_out(names, split):
+            try:
+                info = soundfile.info(str(folder / name))
+                assert info.frames > 0, "empty"
+            except (RuntimeError, OSError, AssertionError) as error:
+                print(f"skipped {folder / name}: {error}", file=sys.stderr)
+                continue
+            self.paths.append(folder / name)
+            self.seconds.append(info.frames / info.samplerate)
+        if split == "train" and not self.paths:
+            raise UserError(f"data_dir = {config.data_dir!r}: holds no readable {' '.join(SUFFIXES)} to train on")
+        weights = np.maximum(self.seconds, config.segment_duration)  # every second of music equally often
+        self.cumulative = np.cumsum(weights) / max(1e-9, np.sum(weights))
+
+    def __len__(self):
+        return len(self.paths)
+
+    def item(self, rng, train: bool) -> dict:
+        """One crop of segment_duration; a shorter file is followed by silence."""
+        config, n = self.config, min(int(np.searchsorted(self.cumulative, rng.random(), "right")), len(self) - 1)
+        start = rng.random() * max(0.0, self.seconds[n] - config.segment_duration)
+        start = int(start * config.sample_rate) / config.sample_rate
+        crop = read_audio(self.paths[n], config.sample_rate, config.channels, start, config.segment_duration)
+        wav = torch.zeros(config.channels, round(config.segment_duration * config.sample_rate))
+        wav[:, :crop.shape[1]] = crop[:, :wav.shape[1]]
+        return {"wav": wav, "where": f"{self.paths[n]} at {start:.3f} s"}
+
+
+class TokenSegments:
+    """Random segments of tracks prepared by data/prepare.py, read from its memory-mapped shards.
+
+    Segments start where a code frame and a chroma frame fall on the same sample: every lcm(stride, hop) samples.
+    """
+
+    def __init__(self, config: Config, split: str):
+        folder, own = split_of(config.data_dir, split)
+        index = read_json(folder / "index.json")
+        self.config, self.hop = config, 2 ** config.radix2_exp // 4
+        for key, ours in (("n_q", config.n_q), ("card", config.card), ("stride", config.stride), ("hop", self.hop),
+                          ("sample_rate", config.sample_rate)):
+            if index.get(key) != ours:
+                raise UserError(f"{folder}: was prepared with {key} = {index.get(key)}, the configuration says {ours}; "
+                                f"prepare it again or train with what it has")
+        self.T = round(config.segment_duration * config.sample_rate / config.stride)
+        self.grid = math.lcm(config.stride, self.hop)
+        self.shards = [(memmap(folder / f"codes.{n:05d}.u16", np.uint16).reshape(-1, config.n_q),
+                        memmap(folder / f"chroma.{n:05d}.u8", np.uint8)) for n in range(index["shards"])]
+        tracks = index["tracks"]
+        kept = {t["file"] for t in tracks} if own else set(hold_out([t["file"] for t in tracks], split))
+        tracks = [t for t in tracks if t["file"] in kept]
+        self.tracks = [t for t in tracks if t["frames"] >= self.T and t.get("weight", 1) > 0]
+        for t in self.tracks:
+            codes, chroma = self.shards[t["shard"]]
+            if not (0 <= t["codes_start"] <= len(codes) - t["frames"] and
+                    0 <= t["chroma_start"] <= len(chroma) - t["chroma_frames"]):
+                raise UserError(f"{folder}: {t['file']} lies outside its shard; prepare the folder again")
+        if len(self.tracks) < len(tracks) and is_main():
+            print(f"{folder}: {len(tracks) - len(self.tracks)} of {len(tracks)} tracks are shorter than "
+                  f"segment_duration = {config.segment_duration} s (or have weight 0) and are left out", file=sys.stderr)
+        if split == "train" and not self.tracks:
+            raise UserError(f"{folder}: no track is as long as segment_duration = {config.segment_duration} s; lower it")
+        weights = np.array([t["frames"] * float(t.get("weight", 1)) for t in self.tracks])
+        self.cumulative = np.cumsum(weights) / max(1e-9, weights.sum())
+
+    def __len__(self):
+        return len(self.tracks)
+
+    def item(self, rng, train: bool) -> dict:
+        """One segment: codes (K, T), text, chroma (M, Q), has_melody. Dropouts and augmentation only in training."""
+        config, n = self.config, min(int(np.searchsorted(self.cumulative, rng.random(), "right")), len(self) - 1)
+        track, places = self.tracks[n], (self.tracks[n]["frames"] - self.T) * config.stride // self.grid + 1
+        return self.segment(track, int(rng.integers(places)) * self.grid, rng if train else None)
+
+    def segment(self, track: dict, start: int, rng=None) -> dict:
+        """The segment that begins at sample `start` of the track; with rng its conditions are augmented, dropped."""
+        from conditioners import augment_description, drop_conditions, word_dropout
+        config, meta, M = self.config, track["meta"], self.config.chroma_frames
+        codes, classes = self.shards[track["shard"]]
+        first = track["codes_start"] + start // config.stride
+        codes = torch.from_numpy(codes[first:first + self.T].T.astype(np.int64))                # (K, T)
+        has_melody = track["chroma_frames"] > 0 and config.melody != "none"
+        chroma = torch.zeros(M, config.n_chroma)
+        if has_melody:
+            begin = track["chroma_start"]
+            places = np.minimum(start // self.hop + np.arange(M), track["chroma_frames"] - 1)
+            chroma[torch.arange(M), torch.from_numpy(classes[begin:][places].astype(np.int64))] = 1.0
+        text = meta.get("description")
+        if rng is not None:
+            text = word_dropout(augment_description(meta, config, rng), config.word_dropout, rng)
+            text, has_melody = drop_conditions(text, has_melody, config, rng)
+        return {"codes": codes, "text": text, "chroma": chroma, "has_melody": torch.tensor(has_melody),
+                "where": f"{track['file']} at {start / config.sample_rate:.3f} s"}
+
+
+def memmap(path, dtype):
+    """A file as an array that is read from disk where it is touched. Raises UserError naming it."""
+    try:
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); prepare the folder again") from None
+
+
+def get_batch(data, config: Config, update: int, micro: int = 0, split: str = "train") -> dict:
+    """This process' share of a micro-batch: the items of `data` as lists, tensors stacked.
+
+    Item i of update u is drawn from (seed, u, i), i counted over the joint batch of all processes.
+    """
+    size = config.batch_size // (config.grad_accum * world())
+    first = (micro * world() + rank()) * size
+    return collate([data.item(np.random.default_rng([config.seed, SPLITS.index(split), update, first + j]),
+                              split == "train") for j in range(size)])
+
+
+def collate(items: list[dict]) -> dict:
+    """Items -> a batch: tensors stacked, the rest as lists."""
+    return {key: torch.stack([item[key] for item in items]) if torch.is_tensor(items[0][key]) else
+            [item[key] for item in items] for key in items[0]}
+
+
+class Prefetcher:
+    """Makes the batches of the next updates in a thread while this update is computed, and measures the waiting."""
+
+    def __init__(self, make, last: int, ahead: int = 2):
+        self.make, self.last, self.ahead, self.waited = make, last, ahead, 0.0
+        self.pool, self.pending = ThreadPoolExecutor(1), {}
+
+    def __call__(self, update: int):
+        for u in range(update, min(update + 1 + self.ahead, self.last)):
+            if u not in self.pending:
+                self.pending[u] = self.pool.submit(self.make, u)
+        start = time.perf_counter()
+        batch = self.pending.pop(update).result()
+        self.waited += time.perf_counter() - start
+        return batch
+
+
+# === what is trained: two classes with the same methods =========================================================
+
+
+class CodecTraining:
+    """The codec, its losses and, when adv or feat is wanted, its discriminator."""
+
+    def __init__(self, config: Config, device):
+        if config.dtype == "float16" or config.sharding == "fsdp":
+            raise UserError("the codec trains in float32 or bfloat16, with sharding = 'ddp'; change dtype or sharding")
+        self.config, self.device = config, device
+        self.train_data, self.valid_data = (AudioCrops(config, split) for split in ("train", "valid"))
+        self.module = EncodecModel(config)
+        if config.init_from:
+            self.module.load_state_dict(EncodecModel.from_pretrained(config.init_from).state_dict())
+        self.module.to(device)
+        self.weights = {name: getattr(config, name) for name in ("l1", "msspec", "sc", "adv", "feat")}
+        self.weights = {name: weight for name, weight in self.weights.items() if weight}
+        self.extra = nn.ModuleDict({"balancer": Balancer(self.weights, config.balancer_decay)}).to(device)
+        self.adversarial = bool(config.adv or config.feat)
+        if self.adversarial:
+            self.extra["discriminator"] = MultiScaleSTFTDiscriminator(config).to(device)
+        self.decoder_only_from = config.total_updates - config.decoder_only_steps
+
+    def prepare(self, update: int):
+        """Everything into its mode for this update. In the last part the encoder and its codes are frozen."""
+        frozen = update >= self.decoder_only_from
+        self.module.train()
+        self.module.encoder.train(not frozen).requires_grad_(not frozen)
+        self.module.quantizer.train(not frozen)
+
+    def parallel(self):
+        """Wraps for several processes what `loss` calls."""
+        self.forward = wrap(self.module, self.config)
+        if self.adversarial:
+            self.discriminate = wrap(self.extra["discriminator"], self.config)
+
+    def optimizers(self) -> list:
+        optimizers = build_optimizers(self.module, self.config)
+        if self.adversarial:
+            lr = self.config.lr if self.config.optim == "adamw" else 3e-4  # Adam's, as the paper's
+            optimizers.append(torch.optim.AdamW(self.extra["discriminator"].parameters(), lr, (0.5, 0.9), weight_decay=0))
+            optimizers[-1].param_groups[0]["base_lr"] = lr
+        return optimizers
+
+    def loss(self, batch: dict, update: int):
+        """A batch -> (what to call backward on, {name: number to log})."""
+        wav = batch["wav"].to(self.device, non_blocking=True)                                   # (B, C, L)
+        with autocast(self.device, self.config.dtype):
+            output, _, commit = self.forward(wav, quantise=update >= self.config.unquantised_steps)
+        # The losses see a leaf: their gradient with respect to it, balanced or not, is then sent into the graph.
+        leaf = output.float().detach().requires_grad_()
+        losses = codec_losses(self.config, wav, leaf)
+        if self.adversarial:
+            judge = self.extra["discriminator"]
+            losses |= {name: loss for name, loss in generator_losses(judge(leaf), judge(wav)).items()
+                       if name in self.weights}
+        total = sum(self.weights[name] * loss for name, loss in losses.items())
+        if self.config.balancer:
+            self.extra["balancer"].backward(losses, leaf)
+            gradient = leaf.grad
+        else:
+            gradient, = torch.autograd.grad(total, leaf)
+        loss = (output.float() * gradient).sum() + self.config.commit * commit
+        logged = {"loss": total + self.config.commit * commit, "commit": commit, **losses}
+        if self.adversarial:  # both sides learn at once; the original lets the discriminator go first
+            logged["disc"] = discriminator_loss(self.discriminate(output.float().detach()), self.discriminate(wav))
+            loss = loss + logged["disc"]
+        return loss, {name: value.detach() for name, value in logged.items()}
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """SI-SNR, mel distance and chroma agreement of held-out crops, over all processes; use of the codebooks."""
+        config, sums, used = self.config, torch.zeros(4, device=self.device), 0
+        for n in range(config.valid_batches):
+            wav = get_batch(self.valid_data, config, n, split="valid")["wav"].to(self.device)
+            codes = self.module.encode(wav)
+            output = self.module.decode(codes)[..., :wav.shape[-1]]
+            agree = (chroma_of(config, wav).argmax(-1) == chroma_of(config, output).argmax(-1)).float().mean()
+            sums += torch.stack([si_snr(wav, output).mean(), mel_loss(config, wav, output), agree, sums.new_ones(())])
+            used = used + usage_counts(codes, config.card)
+        if world() > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(used)
+        si, mel, agree, n = sums.tolist()
+        # live: by the codebooks' own long average; a validation of fewer frames than entries cannot meet them all
+        counts = torch.stack([book.cluster_size for book in self.module.quantizer.codebooks])
+        live = (counts > 0.01 * counts.mean(1, keepdim=True)).float().mean(1).tolist()
+        return {"si_snr": si / n, "mel": mel / n, "chroma": agree / n, **codebook_use(config, used), "live": live}
+
+    @torch.no_grad()
+    def samples(self, out: Path, update: int) -> dict:
+        """Writes the first four validation files, up to 5 s, as they are and reconstructed by the model in `out`."""
+        codec, config = EncodecModel.from_pretrained(out).to(self.device), self.config
+        for n, path in enumerate(self.valid_data.paths[:4]):
+            wav = read_audio(path, config.sample_rate, config.channels, duration=5.0)
+            output = codec.decode(codec.encode(wav[None].to(self.device)))[0, :, :wav.shape[1]]
+            write_audio(out / "samples" / f"{n}_original.wav", wav, config.sample_rate)
+            write_audio(out / "samples" / f"{n}_update{update:07d}.wav", output, config.sample_rate)
+        return {}
+
+    def tokens(self, batch) -> int:
+        return batch["wav"].shape[0] * batch["wav"].shape[2] // self.config.stride * self.config.n_q
+
+
+class LMLoss(nn.Module):
+    """LMModel.loss as the forward pass, which is what DDP and fully_shard watch."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, *args):
+        return self.lm.loss(*args)
+
+
+class LMTraining:
+    """The language model on prepared tokens."""
+
+    def __init__(self, config: Config, device):
+        from lm import LMModel
+        self.config, self.device = config, device
+        self.train_data, self.valid_data = (TokenSegments(config, split) for split in ("train", "valid"))
+        self.codec = EncodecModel.from_pretrained(config.codec)  # to listen to; stays on the CPU until then
+        self.module = LMModel(config)
+        if config.init_from:
+            self.module.load_state_dict(LMModel.from_pretrained(config.init_from, torch.float32).state_dict())
+        if config.lora_rank:
+            add_lora(self.module, config)
+        self.module.to(device)
+        self.extra, self.decoder_only_from = nn.ModuleDict(), math.inf
+
+    def prepare(self, update: int):
+        self.module.train()
+
+    def parallel(self):
+        if self.config.compile:  # layer by layer: they are all alike, and compile once
+            for layer in self.module.layers:
+                layer.compile()
+        self.forward = wrap(LMLoss(self.module), self.config, self.module.layers)
+
+    def optimizers(self) -> list:
+        return build_optimizers(self.module, self.config)
+
+    def loss(self, batch: dict, update: int):
+        """A batch -> (cross-entropy to call backward on, {name: number to log})."""
+        def there(x):
+            return x.to(self.device, non_blocking=True)
+        with autocast(self.device, self.config.dtype):
+            loss, ce = self.forward(there(batch["codes"]), batch["text"], there(batch["chroma"]), there(batch["has_melody"]))
+        return loss, {"loss": loss.detach(), **{f"ce_{k + 1}": x for k, x in enumerate(ce)}}
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """Cross-entropy over held-out segments with their own text and melody, averaged over processes."""
+        sums = 0
+        for n in range(self.config.valid_batches):
+            logged = self.loss(get_batch(self.valid_data, self.config, n, split="valid"), 0)[1]
+            sums = sums + torch.stack(list(logged.values()))
+        if world() > 1:
+            dist.all_reduce(sums)
+        means = (sums / (self.config.valid_batches * world())).tolist()
+        return with_perplexity(dict(zip(logged, means)))
+
+    def samples(self, out: Path, update: int) -> dict:
+        """Music by the model in `out` for the texts of four held-out segments, each with the melody of another."""
+        from sample import MusicGen
+        model = MusicGen.from_pretrained(out, str(self.device))
+        items = [self.valid_data.segment(track, 0) for track in spread(self.valid_data.tracks, 4)]
+        codes, chroma = generate_for(model, items, range(len(items)))
+        wavs = model.decode(codes)
+        for n, (item, wav) in enumerate(zip(items, wavs)):
+            write_audio(out / "samples" / f"{n}_update{update:07d}.wav", wav, model.sample_rate)
+            told = {"text": item["text"], "melody_of": items[(n + 1) % len(items)]["where"]}
+            write_atomic(out / "samples" / f"{n}_update{update:07d}.json", json.dumps(told).encode())
+        if self.config.melody == "none":
+            return {}
+        cosine, agreement = compare_chroma(self.config, wavs, chroma)
+        return {"chroma_cosine": cosine.mean().item(), "chroma_agreement": agreement.mean().item()}
+
+    def tokens(self, batch) -> int:
+        return batch["codes"].numel()
+
+
+def si_snr(wav, output):
+    """Scale-invariant signal-to-noise ratio in dB (arXiv 1811.02508): (B, C, L) twice -> (B,)"""
+    wav, output = (w.flatten(1) - w.flatten(1).mean(1, keepdim=True) for w in (wav, output))
+    target = (wav * output).sum(1, keepdim=True) / (wav.square().sum(1, keepdim=True) + 1e-8) * wav
+    return 10 * ((target.square().sum(1) + 1e-8) / ((output - target).square().sum(1) + 1e-8)).log10()
+
+
+def with_perplexity(logged: dict) -> dict:
+    return logged | {f"ppl_{name[3:]}": math.exp(min(50.0, value)) for name, value in logged.items() if name[:3] == "ce_"}
+
+
+def chroma_of(config: Config, wavs):
+    """Waves (B, C, L) -> chroma (B, M, Q) as it is heard, not reduced to one pitch class a frame."""
+    from chroma import ChromaExtractor
+    extract = ChromaExtractor(config.sample_rate, config.n_chroma, config.radix2_exp, argmax=False)
+    return extract.to(wavs.device)(wavs)
+
+
+def compare_chroma(config: Config, wavs, asked):
+    """Waves (B, C, L) against the melodies asked for, one-hot chroma (B, M, Q): cosine similarity, and the share of
+    frames whose strongest pitch class is the one asked for, each (B,). The waves go through the same separation."""
+    from chroma import separate
+    stems = torch.stack([separate(wav.cpu(), config.sample_rate, config.stem) for wav in wavs])
+    heard = chroma_of(config, stems)
+    M = min(heard.shape[1], asked.shape[1])
+    heard, asked = heard[:, :M], asked[:, :M].cpu()
+    agreement = (heard.argmax(-1) == asked.argmax(-1)).float().mean(1)
+    return F.cosine_similarity(heard, asked, dim=-1).mean(1), agreement
+
+
+def usage_counts(codes, card: int):
+    """codes (B, K, T) -> how often each entry occurs (K, V)"""
+    return torch.stack([torch.bincount(k, minlength=card) for k in codes.transpose(0, 1).flatten(1)])
+
+
+def codebook_use(config: Config, used) -> dict:
+    """Counts (K, V) -> entropy (bits) and perplexity per codebook; nominal bitrate, and what the entropy allows."""
+    share = used.double() / used.sum(1, keepdim=True)
+    entropy = -(share * share.clamp(min=1e-12).log2()).sum(1)
+    rate = config.sample_rate / config.stride / 1000
+    return {"entropy": entropy.tolist(), "perplexity": (2 ** entropy).tolist(),
+            "kbps": config.n_q * math.log2(config.card) * rate, "kbps_entropy": float(entropy.sum()) * rate}
+
+
+# === processes, precision ========================================================================================
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def autocast(device, dtype: str):
+    """Half precision for the operations that bear it; the weights stay float32."""
+    return nullcontext() if AUTOCAST[dtype] is None else torch.autocast(device.type, AUTOCAST[dtype])
+
+
+def wrap(module, config: Config, layers=()):
+    """A module for several processes: DDP averages gradients, fully_shard (FSDP2) also splits weights and states."""
+    if config.sharding == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+        for layer in layers:  # each is gathered when it is its turn
+            fully_shard(layer)
+        return fully_shard(module)
+    if world() == 1:
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+    # the codebooks keep their buffers equal by themselves
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+@contextmanager
+def last_only(forward, last: bool):
+    """While accumulating, gradients are exchanged between processes on the last micro-batch only."""
+    if hasattr(forward, "set_requires_gradient_sync"):
+        forward.set_requires_gradient_sync(last)
+    with forward.no_sync() if not last and hasattr(forward, "no_sync") else nullcontext():
+        yield
+
+
+def full(tensor):
+    """A tensor gathered from its shards (by all processes together)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(tensor, reference):
+    """A whole tensor as `reference` is: on its device, in its shards."""
+    if hasattr(reference, "device_mesh") and tensor.shape == reference.shape:
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
+    return tensor if tensor.ndim == 0 else tensor.to(reference.device)
+
+
+# === checkpoints =================================================================================================
+
+# state.safetensors is one file, so that weights, optimizer and counters always belong together. It is what --resume
+# reads; model.safetensors has the averaged weights alone, which is what everything else reads.
+
+
+def save_state(path: Path, task, optimizers, ema, scaler, update: int):
+    """All that the next update depends on, gathered, into one file."""
+    names = {p: name for module in (task.module, task.extra) for name, p in module.named_parameters()}
+    tensors = {f"model.{name}": t for name, t in task.module.state_dict().items()}
+    tensors |= {f"extra.{name}": t for name, t in task.extra.state_dict().items()}
+    tensors |= {f"ema.{name}": t for name, t in ema.average.items()}
+    for optimizer in optimizers:
+        tensors |= {f"optim.{key}": group[key] for group in optimizer.param_groups for key in ("d", "r") if key in group}
+        tensors |= {f"optim.{names[p]}.{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
+    tensors = {name: full(t).detach().cpu().clone() for name, t in tensors.items()}
+    if is_main():
+        info = {"update": update, "ema_count": ema.count, "scaler": scaler.state_dict()}
+        write_tensors(path, tensors, {"info": json.dumps(info)})
+
+
+def load_state(path: Path, task, optimizers, ema, scaler) -> int:
+    """The opposite of save_state -> the update to go on with. Raises UserError when the file does not fit."""
+    from safetensors import SafetensorError, safe_open
+    params = {name: p for module in (task.module, task.extra) for name, p in module.named_parameters()}
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    own = {f"model.{name}": t for name, t in task.module.state_dict().items()}
+    own |= {f"extra.{name}": t for name, t in task.extra.state_dict().items()}
+    own |= {f"ema.{name}": t for name, t in ema.average.items()}
+    own |= {f"optim.{key}": optimizers[0].param_groups[0][key] for key in ("d", "r") if key in optimizers[0].param_groups[0]}
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            missing = own.keys() - set(file.keys())
+            if missing:
+                raise UserError(f"{path}: has no {min(missing)}; it belongs to another configuration")
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                if name in own:
+                    own[name].copy_(like(tensor, own[name]))
+                else:
+                    weight, key = name.removeprefix("optim.").rsplit(".", 1)
+                    owner[params[weight]].state[params[weight]][key] = like(tensor, params[weight])
+            info = json.loads(file.metadata()["info"])
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or of another configuration ({str(error)[:200]})") from None
+    ema.count = info["ema_count"]
+    scaler.load_state_dict(info["scaler"])
+    return info["update"]
+
+
+def export(out: Path, task, ema):
+    """model.safetensors: the averaged weights under the names that from_pretrained reads, adapters merged."""
+    tensors = {name: full(ema.average.get(name, t)).detach().cpu() for name, t in task.module.state_dict().items()}
+    tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)  # the same as shared.weight
+    if is_main():
+        write_tensors(out / "model.safetensors", merge_lora(tensors, task.config))
+
+
+# === the loop ====================================================================================================
+
+
+def train(config: Config, resume: bool = False, interrupted=()):
+    """Trains until total_updates, writing to out_dir. `interrupted` turns true when the run is to stop early.
+
+    Raises UserError when the configuration does not fit, and at the first loss or gradient that is not finite.
+    """
+    device, out, total = start_processes(config), Path(config.out_dir), config.total_updates
+    torch.manual_seed(config.seed)
+    task = (CodecTraining if config.task == "codec" else LMTraining)(config, device)
+    task.prepare(0)
+    task.parallel()
+    ema, optimizers = EMA(task.module, config.ema_decay), task.optimizers()
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    first = open_run(out, task, resume, lambda: load_state(out / "state.safetensors", task, optimizers, ema, scaler))
+    if first > task.decoder_only_from:
+        task.prepare(first)
+        task.parallel()
+    log = Log(out, first, total)
+    batches = Prefetcher(lambda u: [get_batch(task.train_data, config, u, m) for m in range(config.grad_accum)], total)
+
+    for update in range(first, total):
+        # 1. segments of music from the files: codes (B, K, T), texts, chroma (B, M, Q)  [codec: wav (B, C, L)]
+        micro_batches = batches(update)
+        torch.manual_seed(config.seed * 1_000_003 + update * world() + rank())  # of the dropouts inside the network
+        if update == task.decoder_only_from:  # the decoder is tuned on the codes of the averaged encoder
+            ema.copy_to_module()
+        task.prepare(update)
+        if update == task.decoder_only_from:
+            task.parallel()
+        for micro, batch in enumerate(micro_batches):
+            with last_only(task.forward, micro + 1 == len(micro_batches)):
+                # 2. - 6. conditions, pattern, transformer, cross-entropy: LMModel.loss  [CodecTraining.loss]
+                loss, logged = task.loss(batch, update)
+                # 7. gradients, averaged over micro-batches and processes; clipped; the update; the average
+                scaler.scale(loss / len(micro_batches)).backward()
+            log.add(logged, task.tokens(batch))
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = full(nn.utils.clip_grad_norm_(task.module.parameters(), config.max_norm or math.inf))
+        stop = check(update, norm, logged, scaler, micro_batches, task.module, out, interrupted)
+        factor = cosine_lr(update, total, config.warmup, config.lr_min_ratio, config.cycle_length)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        done = update + 1
+        if done % config.ema_every == 0:
+            ema.update()
+
+        log.add({"grad_norm": norm})
+        last, held_out = stop or done == total, len(task.valid_data) > 0
+        if done % config.log_every == 0 or last:
+            log.train_line(done, optimizers[0].param_groups[0], batches)
+        if held_out and (every(done, config.valid_every) or done == total):
+            with ema.swap():
+                task.module.eval()
+                log.line({"update": done, "split": "valid", **task.validate()})
+        if every(done, config.save_every) or last:
+            save_state(out / "state.safetensors", task, optimizers, ema, scaler, done)
+            export(out, task, ema)
+        if held_out and every(done, config.sample_every):
+            export(out, task, ema)
+            if is_main():
+                log.line({"update": done, "split": "samples", **task.samples(out, done)})
+        if stop:
+            break
+    batches.pool.shutdown(cancel_futures=True)
+    log.close()
+
+
+def start_processes(config: Config) -> torch.device:
+    """Joins the other processes when torchrun started this one. -> this process' device"""
+    device = pick_device(config.device)
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    if config.sharding == "fsdp" and not dist.is_initialized():
+        raise UserError("sharding = 'fsdp' splits weights between processes: start with torchrun, or set sharding = 'ddp'")
+    if config.sharding == "fsdp" and config.optim == "muon":
+        raise UserError("optim = 'muon' needs whole matrices and cannot work with sharding = 'fsdp'; change one of them")
+    if config.batch_size % (config.grad_accum * world()):
+        raise UserError(f"batch_size = {config.batch_size} must be a multiple of grad_accum = {config.grad_accum} times "
+                        f"the number of processes, {world()}")
+    return device
+
+
+def open_run(out: Path, task, resume: bool, load) -> int:
+    """Makes out_dir ready -> the first update. Never starts over what is already there."""
+    state, config = out / "state.safetensors", task.config
+    if (out / "model.safetensors").exists() and not (resume and state.exists()):
+        raise UserError(f"out_dir = {config.out_dir!r} already holds a model; " + (
+            "add --resume to continue it, or choose another out_dir" if state.exists() else "choose another out_dir"))
+    first = load() if resume and state.exists() else 0
+    if is_main():
+        if first:
+            old, new = dataclasses.asdict(Config.from_json(out / "config.json")), dataclasses.asdict(config)
+            for key in (key for key in new if old[key] != new[key]):
+                print(f"continuing with {key} = {new[key]!r}, was {old[key]!r}", file=sys.stderr)
+        config.save(out / "config.json")
+        if config.task == "lm":
+            task.codec.save(out / "codec")
+        for leftover in out.glob(".writing-*"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        metrics = out / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] <= first]
+        write_atomic(metrics, "".join(line + "\n" for line in kept).encode())
+    if world() > 1:
+        dist.barrier()
+    return first
+
+
+def every(update: int, period: int) -> bool:
+    return period > 0 and update % period == 0
+
+
+def check(update, norm, logged, scaler, micro_batches, module, out, interrupted) -> bool:
+    """Whether the run was asked to stop, by any process. Raises UserError when a loss or gradient is not finite.
+
+    With a gradient scaler infinite gradients are routine (it skips the update and scales less), until its scale
+    is down to 1. This is the one place of an update where the host waits for the device.
+    """
+    flags = torch.stack([~torch.isfinite(sum(logged.values())), ~torch.isfinite(norm)]).float()
+    flags = torch.cat([flags, flags.new_tensor([bool(interrupted)])])
+    if world() > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    bad_loss, bad_norm, stop = (bool(flag) for flag in flags.tolist())
+    if not bad_loss and not (bad_norm and scaler.get_scale() <= 1):
+        return stop
+    where = [place for batch in micro_batches for place in batch["where"]]
+    bad = [name for name, p in module.named_parameters() if p.grad is not None and not full(p.grad).isfinite().all()]
+    path = out / "diagnosis" / f"update{update:07d}_process{rank()}.safetensors"
+    write_tensors(path, {f"{n}.{key}": value for n, batch in enumerate(micro_batches) for key, value in batch.items()
+                         if torch.is_tensor(value)},
+                  {"info": json.dumps({"update": update, "where": where, "text": [b.get("text") for b in micro_batches],
+                                       "logged": {key: str(float(x)) for key, x in logged.items()},
+                                       "gradients_not_finite": bad})})
+    raise UserError(f"update {update}: the {'loss' if bad_loss else 'gradient'} is not finite, training stops. Its batch ("
+                    f"{where[0]}, ...) is in {path}; the last checkpoint is untouched, and --resume leads here again: "
+                    f"lower lr or max_norm, or train in bfloat16 or float32")
+
+
+class Log:
+    """Running averages -> metrics.jsonl, TensorBoard where it is installed, and the progress bar."""
+
+    def __init__(self, out: Path, first: int, total: int):
+        self.path, self.sums, self.start, self.tokens, self.board = out / "metrics.jsonl", {}, time.perf_counter(), 0, None
+        self.since, self.bar = self.start, tqdm(total=total, initial=first, disable=None if is_main() else True)
+        if is_main():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(out / "tensorboard", purge_step=first)
+            except ImportError:
+                pass
+
+    def add(self, logged: dict, tokens: int = 0):
+        """Numbers of one micro-batch, still on the device."""
+        for name, value in logged.items():
+            total, n = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value.detach().float(), n + 1)
+        self.tokens += tokens * world()
+
+    def train_line(self, update: int, group: dict, batches: Prefetcher):
+        """The averages since the last such line, over all processes."""
+        means = torch.stack([total / n for total, n in self.sums.values()])
+        if world() > 1:
+            dist.all_reduce(means)
+        line = with_perplexity(dict(zip(self.sums, (means / world()).tolist())))
+        now = time.perf_counter()
+        line |= {"lr": group["lr"]} | ({"d_lr": float(group["d"]) * group["lr"]} if "d" in group else {})
+        line |= {"tokens_per_s": self.tokens / (now - self.since), "data_wait": batches.waited / (now - self.since),
+                 "memory_gb": memory_gb(), "seconds": now - self.start}
+        self.sums, self.tokens, self.since, batches.waited = {}, 0, now, 0.0
+        self.bar.update(update - self.bar.n)
+        self.line({"update": update, "split": "train", **line})
+
+    def line(self, line: dict):
+        if not is_main():
+            return
+        line = {key: rounded(value) for key, value in line.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        numbers = {key: x for key, x in line.items() if isinstance(x, (int, float)) and key != "update"}
+        if self.board is not None:
+            for key, value in numbers.items():
+                self.board.add_scalar(f"{line['split']}/{key}", value, line["update"])
+        text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if key[:3] != "ppl")
+        if line["split"] == "train" and not self.bar.disable:
+            self.bar.set_postfix_str(text)
+        else:
+            tqdm.write(f"{line['update']:7d} {line['split']:5}  {text}", file=sys.stderr)
+
+    def close(self):
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def rounded(value):
+    """Numbers to six digits, lists too: enough for a log, and short."""
+    if isinstance(value, list):
+        return [rounded(x) for x in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def memory_gb() -> float:
+    """The most memory held so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    except ImportError:  # Windows
+        return 0.0
+
+
+# === fine-tuning: from a checkpoint, all weights or low-rank adapters =============================================
+
+ARCHITECTURE = """channels sample_rate codec n_filters ratios dimension lstm n_residual_layers kernel_size last_kernel_size
+    residual_kernel_size dilation_base compress causal pad_mode true_skip norm n_q card melody n_chroma radix2_exp argmax
+    chroma_length null_melody text t5 t5_finetune t5_dim t5_layers t5_heads dim num_heads num_layers hidden_scale
+    positional_embedding max_period qk_layer_norm pattern delays""".split()
+
+
+def adopt(config: Config) -> Config:
+    """The configuration with the architecture of `init_from`; how to train remains the configuration's own."""
+    if config.task == "codec":
+        theirs = EncodecModel.from_pretrained(config.init_from).config
+    else:
+        from lm import read_config
+        directory = open_checkpoint(config.init_from)
+        theirs = read_config(directory)[0]
+        if (directory / "codec").is_dir():
+            theirs = dataclasses.replace(theirs, codec=str(directory / "codec"))
+    return dataclasses.replace(config, **{key: getattr(theirs, key) for key in ARCHITECTURE})
+
+
+class LoRA(nn.Module):
+    """W -> W + alpha / rank * up @ down (arXiv 2106.09685, section 4.1). up starts at zero: nothing changes at first."""
+
+    def __init__(self, weight, rank: int, alpha: float):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) / weight.shape[1] ** 0.5)
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        self.scale = alpha / rank
+
+    def forward(self, weight):
+        return weight + self.scale * (self.up @ self.down)
+
+
+def add_lora(lm, config: Config):
+    """Freezes the model and gives every linear layer of the transformer an adapter."""
+    lm.requires_grad_(False)
+    for layer in lm.layers:
+        for module in [m for m in layer.modules() if isinstance(m, nn.Linear)]:
+            parametrize.register_parametrization(module, "weight", LoRA(module.weight, config.lora_rank, config.lora_alpha))
+
+
+def merge_lora(tensors: dict, config: Config) -> dict:
+    """Weights with adapters -> weights as if they had been trained whole."""
+    end = ".parametrizations.weight.original"
+    for name in [name for name in tensors if name.endswith(end)]:
+        up, down = (tensors.pop(f"{name.removesuffix('original')}0.{key}") for key in ("up", "down"))
+        tensors[name.removesuffix(end) + ".weight"] = tensors.pop(name) + config.lora_alpha / config.lora_rank * up @ down
+    return tensors
+
+
+# === --plan: sizes before the run ==================================================================================
+
+
+def plan(config: Config, processes: int = 1, device_bytes: float | None = None) -> dict:
+    """Prints and returns what a run will need, without allocating the model. Bytes are per process."""
+    with torch.device("meta"):
+        if config.task == "codec":
+            module = EncodecModel(config)
+        else:
+            from lm import LMModel
+            module = LMModel(config)
+            if config.lora_rank:
+                add_lora(module, config)
+    params = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    states = {"dadam": 3, "adamw": 2, "muon": 2}[config.optim]      # m, v, s; m, v; muon: at most
+    shards, items = processes if config.sharding == "fsdp" else 1, config.batch_size // (processes * config.grad_accum)
+    T = round(config.segment_duration * config.sample_rate / config.stride)
+    figures = {"parameters": params, "trained": trained, "weights": 4 * params / shards, "gradients": 4 * trained / shards,
+               "optimizer": 4 * states * trained / shards, "ema": 4 * trained / shards,
+               "activations": items * activation_bytes(config, T),
+               "tokens_per_update": config.batch_size * config.n_q * T, "updates_per_epoch": config.updates_per_epoch,
+               "total_updates": config.total_updates}
+    memory = sum(figures[key] for key in ("weights", "gradients", "optimizer", "ema", "activations"))
+    figures["bytes"] = memory
+    print(f"{config.task}: {params / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained"
+          f"{'' if config.task == 'codec' or module.conditioner.text is None or module.conditioner.text.trained else ' (and a frozen T5)'}")
+    print(f"per process ({processes} of them, {config.sharding}, {config.dtype}, {items} items a micro-batch):")
+    for key in ("weights", "gradients", "optimizer", "ema", "activations", "bytes"):
+        print(f"  {key if key != 'bytes' else 'together':12} {figures[key] / 1e9:9.2f} GB{' (estimate)' * (key == 'activations')}")
+    print(f"{figures['tokens_per_update']:,} tokens an update ({config.batch_size} x {config.n_q} codebooks x {T} frames), "
+          f"{config.updates_per_epoch:,} updates an epoch, {config.total_updates:,} in all")
+    if device_bytes:
+        print(f"the device has {device_bytes / 1e9:.1f} GB: " + (
+            "it fits" if memory < 0.9 * device_bytes else
+            "it does NOT fit; smaller batch_size, more grad_accum, checkpointing, sharding = 'fsdp' or lora_rank help"))
+    return figures
+
+
+def activation_bytes(config: Config, T: int) -> float:
+    """What one item keeps for the backward pass, roughly.
+
+    A layer keeps per position, in widths D: the input and both norms' inputs and outputs (4 in float32), and in the
+    precision of the matrix products q, k, v, attention's output twice, and the feed-forward's hidden layer before
+    and after GELU (5 + 2 hidden_scale). With checkpointing only each layer's input, and one layer in full. The heads:
+    logits, their copy in frames, softmax and gradient, 4 x K x V in float32.
+    """
+    if config.task == "codec":  # each stage keeps about ten arrays of its output's size; all stages are of like size
+        return 4 * 10 * (len(config.ratios) + 1) * 2 * config.n_filters * T * config.stride
+    S = T + config.n_q + (config.chroma_frames if config.melody == "prepend" else 0) + 64 * (config.text == "prepend")
+    half = 4 if config.dtype == "float32" else 2
+    layer = S * config.dim * (4 * 4 + half * (5 + 2 * config.hidden_scale))
+    layers = config.num_layers * S * config.dim * 4 + layer if config.checkpointing else config.num_layers * layer
+    return layers + 4 * 4 * T * config.n_q * config.card
+
+
+# === --eval: how good is it ========================================================================================
+
+
+def evaluate(config: Config, split: str) -> dict:
+    """Measures the model in out_dir on a split; prints the figures and writes them to out_dir/eval_SPLIT.json."""
+    out, device = Path(config.out_dir), pick_device(config.device)
+    torch.manual_seed(config.seed)
+    figures = (evaluate_codec if config.task == "codec" else evaluate_lm)(config, split, out, device)
+    figures = {key: rounded(value) for key, value in figures.items()}
+    width = max(map(len, figures))
+    for key, value in figures.items():
+        print(f"{key:{width}}  {value}")
+    write_atomic(out / f"eval_{split}.json", (json.dumps(figures, indent=1) + "\n").encode())
+    return figures
+
+
+def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
+    """Chroma agreement of reconstructions with originals (by instrument, where sidecars tell), SI-SNR, mel distance,
+    use of the codebooks; on the first 10 s of up to n_eval_wavs files."""
+    from chroma import separate
+    codec, data = EncodecModel.from_pretrained(str(out)).to(device), AudioCrops(config, split)
+    told = [path for path in data.paths if path.with_suffix(".json").exists()] or data.paths
+    rows, used, by_instrument = [], 0, {}
+    for path in tqdm(spread(told, config.n_eval_wavs), disable=None, unit="file"):
+        wav = read_audio(path, codec.sample_rate, codec.channels, duration=10.0)[None].to(device)
+        with torch.no_grad():
+            codes = codec.encode(wav)
+            back = codec.decode(codes)[..., :wav.shape[-1]]
+        heard = chroma_of(config, separate(wav[0].cpu(), config.sample_rate, config.stem)[None])
+        agreement = compare_chroma(config, back, F.one_hot(heard.argmax(-1), config.n_chroma).float())[1].item()
+        rows.append((agreement, si_snr(wav, back).item(), mel_loss(codec.config, wav, back).item()))
+        used = used + usage_counts(codes, config.card)
+        if path.with_suffix(".json").exists():
+            by_instrument.setdefault(str(read_json(path.with_suffix(".json")).get("instrument")), []).append(agreement)
+    if not rows:
+        raise UserError(f"{config.data_dir}: has no {split} files to measure on")
+    agreement, si, mel = np.mean(rows, axis=0).tolist()
+    return {"files": len(rows), "chroma_agreement": agreement, "si_snr": si, "mel": mel, **codebook_use(config, used),
+            "live": (used > 0).float().mean(1).tolist(),
+            **{f"chroma_agreement {name}": float(np.mean(x)) for name, x in sorted(by_instrument.items())}}
+
+
+def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
+    """Perplexity of held-out segments; then one sample for the text of each with the melody of another track: its
+    chroma against that melody (and, shuffled, against a third), and the Frechet distance to the segments."""
+    from sample import MusicGen
+    model, data = MusicGen.from_pretrained(str(out), config.device), TokenSegments(config, split)
+    items = [data.segment(track, 0) for track in spread(data.tracks, config.n_eval_wavs)]
+    if len(items) < 3:
+        raise UserError(f"{config.data_dir}: {split} has {len(items)} tracks of segment_duration, measuring takes three")
+    ces, made, rows, size = [], [], [], min(8, config.batch_size)
+    for first in tqdm(range(0, len(items), size), disable=None, unit="batch"):
+        numbers = range(first, min(first + size, len(items)))
+        batch = collate([items[n] for n in numbers])
+        with torch.no_grad():
+            ce = model.lm.loss(*(x.to(device) if torch.is_tensor(x) else x for x in (
+                batch["codes"], batch["text"], batch["chroma"], batch["has_melody"])))[1]
+        ces += [ce.cpu()] * len(numbers)
+        codes, chroma = generate_for(model, items, numbers)
+        made.append(codes)
+        if config.melody != "none":
+            wavs, others = model.decode(codes), torch.stack([items[(n + 2) % len(items)]["chroma"] for n in numbers])
+            rows.append(torch.stack([*compare_chroma(config, wavs, chroma), compare_chroma(config, wavs, others)[1]], 1))
+    figures = with_perplexity({f"ce_{k + 1}": x for k, x in enumerate(torch.stack(ces).mean(0).tolist())})
+    if rows:
+        names = ("chroma_cosine", "chroma_agreement", "chroma_agreement_shuffled")
+        figures |= dict(zip(names, torch.cat(rows).mean(0).tolist()))
+    real = [latents(model.codec, item["codes"][None]) for item in items]
+    generated = latents(model.codec, torch.cat(made))
+    return {"items": len(items), **figures, "frechet": frechet_distance(generated, np.concatenate(real)),
+            "frechet_of_real_halves": frechet_distance(np.concatenate(real[::2]), np.concatenate(real[1::2]))}
+
+
+def spread(things: list, n: int) -> list:
+    """Up to n of the things, evenly spread over the list."""
+    return [things[i * len(things) // n] for i in range(n)] if len(things) > n else list(things)
+
+
+def generate_for(model, items: list[dict], numbers):
+    """Codes (B, K, T) for the texts of these items, each with the melody of the item after it, never its own;
+    and those melodies' chroma (B, M, Q)."""
+    chroma = torch.stack([items[(n + 1) % len(items)]["chroma"] for n in numbers])
+    melodies = list(chroma) if model.config.melody != "none" else None
+    return model.generate_codes([items[n]["text"] for n in numbers], melodies), chroma
+
+
+@torch.no_grad()
+def latents(codec, codes):
+    """codes (B, K, T) -> the codec's latent vectors (B * T, Z)"""
+    per_channel = codes[:, :codec.num_codebooks]  # of stereo in two streams: the first
+    device = next(codec.parameters()).device
+    return codec.quantizer.decode(per_channel.to(device)).transpose(1, 2).flatten(0, 1).double().cpu().numpy()
+
+
+def frechet_distance(x, y) -> float:
+    """Distance of two sets of vectors (n, Z), taken as Gaussians (arXiv 1812.08466, as FAD, in our codec's latents):
+    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))"""
+    from scipy.linalg import sqrtm
+    c_x, c_y = np.cov(x.T), np.cov(y.T)
+    root = sqrtm(c_x @ c_y + 1e-12 * np.eye(len(c_x)))
+    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(c_x + c_y - 2 * np.real(root)))
+
+
+# === the command line ============================================================================================
+
+
+def main(argv):
+    flags = [arg for arg in argv if arg in ("--resume", "--plan", "--eval") or arg.startswith("--split=")]
+    config = load([arg for arg in argv if arg not in flags])
+    split = next((flag[8:] for flag in flags if flag.startswith("--split=")), "valid")
+    if split not in SPLITS:
+        raise UserError(f"--split={split}: must be one of {', '.join(SPLITS)}")
+    if config.init_from:
+        config = adopt(config)
+    if "--plan" in flags:
+        device = pick_device(config.device)
+        size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+        return plan(config, int(os.environ.get("WORLD_SIZE", 1)), size) if os.environ.get("RANK", "0") == "0" else None
+    if "--eval" in flags:
+        return evaluate(config, split)
+    interrupted = []
+
+    def ask_to_stop(number, frame):  # the first Ctrl-C ends the run after this update; the second one at once
+        interrupted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+    try:
+        train(config, "--resume" in flags, interrupted)
+    except RuntimeError as error:
+        if world() > 1 and re.search("onnection|peer|timed out|NCCL", str(error)):
+            raise UserError(f"another process of this run has ended ({str(error).splitlines()[0][:100]}); see its message. "
+                            f"--resume goes on from the last checkpoint") from None
+        raise
+    finally:
+        if dist.is_initialized() and not sys.exc_info()[0]:
+            dist.destroy_process_group()
+    if interrupted:
+        print(f"stopped as asked; --resume goes on from {config.out_dir}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])

@@ -9,7 +9,7 @@ decoder alone is tuned on frozen codes.
 """
 task = "codec"
 out_dir = "out/tiny_codec"
-data_dir = "data/tunes/train"
+data_dir = "data/tunes"
 sample_rate = 16000
 segment_duration = 1.0         # s
 n_filters = 16
