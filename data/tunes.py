@@ -1,4 +1,4 @@
-"""The embedded data set: a few hundred public-domain melodies, rendered as audio with captions that say what was rendered.
+"""The embedded data set: 360 public-domain melodies, rendered as audio with captions that say what was rendered.
 
 The notes are in tunes.txt (real folk and classical tunes with title and origin). Every clip is one tune in one key,
 tempo and instrument, with or without bass and drums; beside each recording lie a sidecar .json (caption and ground
@@ -32,12 +32,13 @@ from config import UserError, run, write_atomic
 SPLITS = ("train", "valid", "test")
 TEST_TUNES, VALID_TUNES = 100, 20       # all others are for training
 TEMPI = dict(slow=(66, 80), medium=(96, 112), fast=(138, 160))  # beats per minute; a 6/8 beat is a dotted quarter
-MIN_NOTE = 0.17                         # s, mean; a busier tune gets a slower tempo, so that chroma frames can follow it
+MIN_NOTE = 0.17                         # s, mean; busier tunes get slower tempi, so that chroma frames can follow
+BAR = {"2/4": 2, "3/4": 3, "4/4": 4, "6/8": 2}  # beats
 PITCHES = dict(c=0, d=2, e=4, f=5, g=7, a=9, b=11)
 KEYS = dict(major="C Db D Eb E F F# G Ab A Bb B".split(), minor="C C# D Eb E F F# G G# A Bb B".split())
 NOTE = re.compile(r"([a-gr])([#b]?)('*|,*)(\d*)(?:/(\d+))?(~?)")
-SOURCES = {"Aird": "James Aird, A Selection of Scotch, English, Irish and Foreign Airs (Glasgow, 1782-1803), book and number",
-           "O'Neill": "Francis O'Neill, Music of Ireland (Chicago, 1903), number",
+SOURCES = {"Aird": "James Aird, A Selection of Scotch, English, Irish and Foreign Airs (Glasgow, 1782-1803)",
+           "O'Neill": "Francis O'Neill, Music of Ireland (Chicago, 1903)",
            "Ryan": "William Bradbury Ryan, Mammoth Collection (Boston, 1883)"}
 
 
@@ -59,7 +60,7 @@ class Tune:
     @property
     def bar(self) -> int:
         """Beats in a bar."""
-        return {"2/4": 2, "3/4": 3, "4/4": 4, "6/8": 2}[self.metre]
+        return BAR[self.metre]
 
     @property
     def tonic(self) -> int:
@@ -99,21 +100,18 @@ def parse_notes(text: str, eighths_per_beat: int):
 
 @functools.lru_cache(maxsize=1)
 def load() -> list[Tune]:
-    """All tunes of tunes.txt, in its order."""
+    """All tunes of tunes.txt, in its order. Raises UserError naming a wrong note."""
     lines = Path(__file__).with_name("tunes.txt").read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if line and not line.startswith("#")]
-    tunes, ids = [], set()
+    tunes = []
     for header, text in zip(lines[::2], lines[1::2]):
         title, origin, key, metre, genre = header.split(" | ")
         notes, bars = parse_notes(text, 3 if metre == "6/8" else 2)
         source, _, number = origin.partition(" ")
         if source in SOURCES:
-            origin = f"{SOURCES[source]} {number}".strip()
-        id = re.sub("[^a-z0-9]+", "-", title.lower().replace("'", "")).strip("-")
-        assert id not in ids, f"two tunes are called {title}"
-        ids.add(id)
-        tune = Tune(id, title, origin, *key.split(), metre, genre, 0.0, tuple(notes))
-        tunes.append(Tune(*(list(vars(tune).values())[:-2]), bars[0] % tune.bar, tune.notes))
+            origin = SOURCES[source] + (f", {number}" if number else "")
+        name = re.sub("[^a-z0-9]+", "-", title.lower().replace("'", "")).strip("-")
+        tunes.append(Tune(name, title, origin, *key.split(), metre, genre, bars[0] % BAR[metre], tuple(notes)))
     return tunes
 
 
@@ -154,7 +152,7 @@ def harmonics(n: int) -> tuple:
 
 INSTRUMENTS = dict(
     flute=Instrument(("flute",), 60, 79, harmonics(6), 2.3, 0.06, 0.06, vibrato=9, noise=0.05),
-    violin=Instrument(("violin", "fiddle"), 57, 81, harmonics(20), 1.0, 0.09, 0.08, formant=2600, vibrato=22),
+    violin=Instrument(("violin", "fiddle"), 57, 81, harmonics(20), 1.25, 0.09, 0.08, formant=2600, vibrato=22),
     guitar=Instrument(("guitar", "acoustic guitar", "plucked guitar"), 55, 76, harmonics(16), 0.9, 0.003, 0.08,
                       decay=0.55, decay_slope=0.6, noise=0.03),
     organ=Instrument(("organ", "pipe organ", "church organ"), 55, 77, (1, 2, 3, 4, 6, 8), 0.55, 0.02, 0.07),
@@ -162,8 +160,8 @@ INSTRUMENTS = dict(
     trumpet=Instrument(("trumpet",), 57, 79, harmonics(16), 1.1, 0.03, 0.05, formant=1300, vibrato=4),
     bell=Instrument(("bell", "glockenspiel", "chime"), 57, 77, (1, 2.756, 5.404, 8.933), 0.75, 0.002, 0.25,
                     decay=1.3, decay_slope=1.4),
-    piano=Instrument(("piano",), 55, 79, tuple(n * math.sqrt(1 + 4e-4 * n * n) for n in harmonics(12)), 1.7, 0.006, 0.12,
-                     decay=1.7, decay_slope=0.5, noise=0.06),
+    piano=Instrument(("piano",), 55, 79, tuple(n * math.sqrt(1 + 4e-4 * n * n) for n in harmonics(12)), 1.7, 0.006,
+                     0.12, decay=1.7, noise=0.06),  # a stiff string: its partials are stretched
     synth=Instrument(("synth lead", "synthesizer", "synth"), 55, 79, harmonics(20), 0.9, 0.005, 0.04,
                      decay=0.2, decay_slope=0.0, floor=0.35, detune=14))
 BASS = Instrument(("bass",), 33, 47, harmonics(5), 1.8, 0.008, 0.06, decay=0.8)
@@ -173,7 +171,7 @@ TAKES = 2                       # slightly different notes of each pitch; a clip
 
 @functools.lru_cache(maxsize=1024)
 def note(instrument: Instrument, pitch: int, take: int, sample_rate: int) -> np.ndarray:
-    """One held note of LONGEST seconds, float32, loudness about that of any other. Cached: tunes repeat their notes."""
+    """One held note, float32 (LONGEST seconds), as loud as any other. Cached: tunes repeat their notes."""
     rng = np.random.default_rng([pitch, take])
     time = np.arange(int(LONGEST * sample_rate), dtype=np.float32) / sample_rate
     frequency = 440 * 2 ** ((pitch - 69) / 12)
@@ -194,7 +192,7 @@ def note(instrument: Instrument, pitch: int, take: int, sample_rate: int) -> np.
         envelope = np.float32(level)
         if instrument.decay:
             fall = np.exp(-time * (ratio ** instrument.decay_slope / instrument.decay))
-            envelope = level * (fall if n == 1 and not instrument.floor else instrument.floor + (1 - instrument.floor) * fall)
+            envelope = level * (instrument.floor + (1 - instrument.floor) * fall)
         if not instrument.decay or instrument.floor:  # blown and bowed: higher partials speak later
             envelope = envelope * (1 - np.exp(-time * (3 / (instrument.attack * (1 + 0.12 * n)))))
         for voice in voices:
@@ -216,7 +214,8 @@ def drum(name: str, sample_rate: int) -> np.ndarray:
     if name == "kick":
         out = np.sin(2 * np.pi * (50 * time + 2.8 * (1 - np.exp(-time / 0.04)))) * np.exp(-time / 0.07)
     elif name == "snare":
-        out = 0.5 * np.diff(hiss, prepend=0) * np.exp(-time / 0.06) + 0.4 * np.sin(2 * np.pi * 185 * time) * np.exp(-time / 0.04)
+        tone = 0.4 * np.sin(2 * np.pi * 185 * time) * np.exp(-time / 0.04)
+        out = 0.5 * np.diff(hiss, prepend=0) * np.exp(-time / 0.06) + tone
     else:
         out = 0.25 * np.diff(hiss, 3, prepend=[0, 0, 0]) / 2.5 * np.exp(-time / 0.018)
     rise = int(0.001 * sample_rate)
@@ -228,8 +227,8 @@ def drum(name: str, sample_rate: int) -> np.ndarray:
 def room(sample_rate: int) -> np.ndarray:
     """Impulse response of a small room: the direct sound and 0.3 s of soft noise."""
     time = np.arange(int(0.3 * sample_rate)) / sample_rate
-    tail = np.convolve(np.random.default_rng(5).standard_normal(len(time)), np.ones(4) / 4, "same") * np.exp(-time / 0.07)
-    tail *= np.clip(time / 0.01, 0, 1)
+    tail = np.convolve(np.random.default_rng(5).standard_normal(len(time)), np.ones(4) / 4, "same")
+    tail *= np.exp(-time / 0.07) * np.clip(time / 0.01, 0, 1)
     response = 0.3 * tail / np.sqrt(np.sum(tail ** 2))
     response[0] = 1
     return response.astype(np.float32)
@@ -239,8 +238,10 @@ def room(sample_rate: int) -> np.ndarray:
 
 def chords(tune: Tune) -> list[int]:
     """The root (0 ... 11, as written) of one triad for each bar: the one that most of the bar's notes belong to."""
-    degrees = {0: 0.2, 5: 0.1, 7: 0.15, 9: 0.0, 2: 0.0} if tune.mode == "major" else {0: 0.2, 5: 0.1, 7: 0.1, 3: 0.05, 10: 0.05}
-    minor = {9, 2} if tune.mode == "major" else {0, 5}
+    if tune.mode == "major":  # degrees that may be roots, in semitones above the tonic: a head start in beats
+        degrees, minor = {0: 0.2, 5: 0.1, 7: 0.15, 9: 0.0, 2: 0.0}, {9, 2}
+    else:
+        degrees, minor = {0: 0.2, 5: 0.1, 7: 0.1, 3: 0.05, 10: 0.05}, {0, 5}
     weights = np.zeros((math.ceil(tune.beats / tune.bar) + 1, 12))
     start = -tune.upbeat
     for pitch, length in tune.notes:
@@ -267,9 +268,9 @@ def fit(tune: Tune, instrument: str, tonic: int) -> int:
 
 
 def schedule(tune: Tune, bpm: float, seconds: float, first_bar: int = 0):
-    """What sounds when: ([(start s, length s, midi)], [(start of a bar in s, root)]), repeating the tune to `seconds`.
+    """What sounds when: ([(start s, length s, midi)], [(start of a bar in s, root)]); the tune goes round and round.
 
-    Bar 0 begins with its upbeat; later bars begin on the bar line.
+    From bar 0 it begins with its upbeat, from a later bar on the bar line.
     """
     beat, starts, events = 60 / bpm, -tune.upbeat, []
     for pitch, length in tune.notes:
@@ -305,17 +306,35 @@ def held(sound: np.ndarray, seconds: float, release: float, sample_rate: int) ->
     return sound
 
 
+def add_bass(track, tune, root, start, beat, take, sample_rate):
+    """One bar of root and fifth below the melody."""
+    half, low = (1 if tune.bar == 2 else 2), BASS.low + (root - BASS.low) % 12
+    for at, pitch, beats in ((0, low, half), (half, low + 7 if low < 40 else low - 5, tune.bar - half)):
+        sound = held(note(BASS, pitch, take, sample_rate), beats * beat * 0.9, BASS.release, sample_rate)
+        add(track, sound, start + at * beat, sample_rate, 0.45)
+
+
+def add_drums(track, tune, offbeats, start, beat, sample_rate, rng):
+    """One bar: kick on the strong beats, snare on the others, a hat on all and, if asked for, between them."""
+    between = () if not offbeats else (1 / 3, 2 / 3) if tune.metre == "6/8" else (1 / 2,)
+    for i in range(tune.bar):
+        loud, strong = rng.uniform(0.85, 1.0), i == 0 or (i == 2 and tune.bar == 4)
+        add(track, drum("kick" if strong else "snare", sample_rate), start + i * beat, sample_rate, 1.3 * loud)
+        add(track, drum("hat", sample_rate), start + i * beat, sample_rate, loud)
+        for part in between:
+            add(track, drum("hat", sample_rate), start + (i + part) * beat, sample_rate, 0.6 * loud)
+
+
 def render(tune: Tune, instrument: str, bpm: float, transpose: int, drums: bool, bass: bool, seconds: float,
-           sample_rate: int, rng: np.random.Generator):
+           sample_rate: int, rng: np.random.Generator, first_bar: int | None = None):
     """One clip -> (mix (L,), melody alone (L,)), float32 within [-0.9, 0.9]; the melody is as loud in both.
 
-    Starts at the tune's beginning or at a fourth bar. Raises UserError for an instrument there is not.
+    Starts at first_bar, by default one drawn from the tune's phrases of four bars.
     """
-    if instrument not in INSTRUMENTS:
-        raise UserError(f"instrument {instrument!r}: must be one of {', '.join(INSTRUMENTS)}")
     play, take = INSTRUMENTS[instrument], int(rng.integers(TAKES))
     bars_in_tune = round(tune.beats / tune.bar)
-    first_bar = 4 * int(rng.integers((bars_in_tune - 1) // 4 + 1))
+    if first_bar is None:
+        first_bar = 4 * int(rng.integers((bars_in_tune - 1) // 4 + 1))
     notes, bars = schedule(tune, bpm, seconds, first_bar)
     beat, length = 60 / bpm, int(seconds * sample_rate)
     melody, rest = np.zeros(length, np.float32), np.zeros(length, np.float32)
@@ -326,35 +345,29 @@ def render(tune: Tune, instrument: str, bpm: float, transpose: int, drums: bool,
     offbeats = bool(rng.integers(2))
     for start, root in bars:
         if bass:
-            fifth, low = (1 if tune.bar == 2 else 2), BASS.low + (root + transpose - BASS.low) % 12
-            for at, pitch, beats in ((0, low, fifth), (fifth, low + 7 if low < 40 else low - 5, tune.bar - fifth)):
-                sound = held(note(BASS, pitch, take, sample_rate), beats * beat * 0.9, BASS.release, sample_rate)
-                add(rest, sound, start + at * beat, sample_rate, 0.45)
+            add_bass(rest, tune, root + transpose, start, beat, take, sample_rate)
         if drums:
-            for i in range(tune.bar):
-                loud = rng.uniform(0.85, 1.0)
-                add(rest, drum("kick" if i % 2 == 0 and i < 3 and (i == 0 or tune.bar == 4) else "snare", sample_rate),
-                    start + i * beat, sample_rate, loud * 1.3)
-                add(rest, drum("hat", sample_rate), start + i * beat, sample_rate, loud)
-                for part in ((1 / 3, 2 / 3) if tune.metre == "6/8" else (1 / 2,)) if offbeats else ():
-                    add(rest, drum("hat", sample_rate), start + (i + part) * beat, sample_rate, 0.6 * loud)
+            add_drums(rest, tune, offbeats, start, beat, sample_rate, rng)
     mix = melody + rest
-    gain = min(rng.uniform(0.09, 0.13) / np.sqrt(np.mean(mix ** 2)), 0.9 / max(np.abs(mix).max(), np.abs(melody).max()))
-    fade = np.minimum(1, (length - np.arange(length, dtype=np.float32)) / (0.05 * sample_rate)) * np.float32(gain)
-    return mix * fade, melody * fade
+    peak, loudness = max(np.abs(mix).max(), np.abs(melody).max()), np.sqrt(np.mean(mix ** 2))
+    gain = np.full(length, min(rng.uniform(0.09, 0.13) / loudness, 0.9 / peak), np.float32)
+    gain *= np.minimum(1, np.arange(length, 0, -1) / (0.05 * sample_rate))  # no click at the end
+    return mix * gain, melody * gain
 
 
 # --- what it is called ---------------------------------------------------------------------------------------------
 
-TEMPO_WORDS = dict(slow=("slow", "gentle", "unhurried", "leisurely"), medium=("medium-tempo", "moderate", "mid-tempo", "walking-pace"),
+TEMPO_WORDS = dict(slow=("slow", "gentle", "unhurried", "leisurely"),
+                   medium=("medium-tempo", "moderate", "mid-tempo", "walking-pace"),
                    fast=("fast", "lively", "quick", "brisk"))
 MOODS = dict(slow=dict(major=("calm", "peaceful"), minor=("sad", "melancholic")),
              medium=dict(major=("warm", "friendly"), minor=("thoughtful", "serious")),
              fast=dict(major=("happy", "cheerful"), minor=("restless", "energetic")))
-BACKING = {(True, True): ("with drums and bass", "with bass and drums", "over a drum beat and a bass line"),  # (drums, bass)
-           (True, False): ("with drums", "with drums, no bass", "with a drum beat"),
-           (False, True): ("with bass, no drums", "with a bass line", "without drums, with bass"),
-           (False, False): ("unaccompanied", "no drums, no bass", "without drums or bass", "no drums")}
+BACKING = {  # (drums, bass)
+    (True, True): ("with drums and bass", "with bass and drums", "over a drum beat and a bass line"),
+    (True, False): ("with drums", "with drums, no bass", "with a drum beat"),
+    (False, True): ("with bass, no drums", "with a bass line", "without drums, with bass"),
+    (False, False): ("unaccompanied", "no drums, no bass", "without drums or bass", "no drums")}
 PIECES = ("tune", "melody", "piece", "song")
 
 
@@ -376,7 +389,8 @@ def describe(truth: dict, rng: np.random.Generator) -> str:
     name = words[0] if maybe(0.5) else pick(words)
     alone = not truth["drums"] and not truth["bass"]
     tempo = pick(TEMPO_WORDS[truth["tempo"]]) if maybe(0.85) else ""
-    piece = pick(PIECES) if maybe(0.7) else f"{truth['genre']} tune"
+    genre = truth["genre"] + (" tune" if truth["genre"] in ("folk", "classical") else "")
+    piece = pick(PIECES) if maybe(0.7) else genre
     mood = pick(MOODS[truth["tempo"]][truth["mode"]]) if maybe(0.2) else ""
     adjectives = " ".join(word for word in (mood, tempo) if word)
     lead = pick((
@@ -408,17 +422,19 @@ def draw(tune: Tune, rng: np.random.Generator) -> dict:
     tempi = [name for name, (low, high) in TEMPI.items() if mean_note * 60 / low >= MIN_NOTE or name == "slow"]
     tempo = tempi[rng.integers(len(tempi))]
     low, high = TEMPI[tempo]
-    return dict(tune=tune.id, instrument=instrument, bpm=int(rng.integers(low, high + 1)), tempo=tempo, drums=bool(rng.integers(2)),
-                bass=bool(rng.integers(2)), key=KEYS[tune.mode][rng.integers(12)], mode=tune.mode, metre=tune.metre, genre=tune.genre)
+    return dict(tune=tune.id, instrument=instrument, bpm=int(rng.integers(low, high + 1)), tempo=tempo,
+                drums=bool(rng.integers(2)), bass=bool(rng.integers(2)), key=KEYS[tune.mode][rng.integers(12)],
+                mode=tune.mode, metre=tune.metre, genre=tune.genre)
 
 
 def sidecar(tune: Tune, truth: dict, rng: np.random.Generator) -> dict:
     """The .json beside a clip, as data/prepare.py reads it, with the ground truth for evaluation."""
-    moods = list(MOODS[truth["tempo"]][truth["mode"]])
-    keywords = [truth["tempo"], "drums" if truth["drums"] else "no drums", "bass" if truth["bass"] else "no bass", f"{tune.metre} time"]
-    fields = dict(title=tune.title, artist=tune.origin, genre=tune.genre, key=f"{truth['key']} {truth['mode']}", bpm=truth["bpm"],
-                  moods=moods, keywords=keywords, instrument=INSTRUMENTS[truth["instrument"]].words[0])
-    fields = {key: value for key, value in fields.items() if key in ("title", "artist", "instrument") or rng.random() < 0.8}
+    keywords = [truth["tempo"], "drums" if truth["drums"] else "no drums", "bass" if truth["bass"] else "no bass",
+                f"{tune.metre} time"]
+    fields = dict(genre=tune.genre, key=f"{truth['key']} {truth['mode']}", bpm=truth["bpm"], keywords=keywords,
+                  moods=list(MOODS[truth["tempo"]][truth["mode"]]))
+    fields = {key: value for key, value in fields.items() if rng.random() < 0.8}  # some are missing, as in real data
+    fields |= dict(title=tune.title, artist=tune.origin, instrument=INSTRUMENTS[truth["instrument"]].words[0])
     return fields | dict(description=describe(truth, rng), truth=truth)
 
 
@@ -432,9 +448,10 @@ def write_clip(job) -> str:
     """Renders clip `index` of a split into its folder; the sidecar comes last, so that a clip with one is whole."""
     args, name, index = job
     tunes = split(name)
-    tune, rng = tunes[index % len(tunes)], np.random.default_rng([args.seed, SPLITS.index(name), index])
+    tune = tunes[index % len(tunes)]
+    words, rng = (np.random.default_rng([args.seed, SPLITS.index(name), index, i]) for i in range(2))
     truth = draw(tune, rng)
-    fields = sidecar(tune, truth, rng)
+    fields = sidecar(tune, truth, words)  # its own generator: a change of wording leaves the music as it is
     shift = fit(tune, truth["instrument"], KEYS[tune.mode].index(truth["key"]))
     mix, melody = render(tune, truth["instrument"], truth["bpm"], shift, truth["drums"], truth["bass"], args.seconds,
                          args.sample_rate, rng)
@@ -448,23 +465,26 @@ def write_clip(job) -> str:
 
 
 def write_one(args):
-    """The melody of one tune, as written or in the instrument's octave, to a file."""
+    """The melody of one tune, in its own key and the instrument's octave, to a file."""
     found = [tune for tune in load() if args.one.lower() in tune.title.lower()]
     if not found:
         raise UserError(f"--one {args.one!r}: no tune has this in its title; the titles are in data/tunes.txt")
     if not args.to:
         raise UserError("--one needs --to FILE.wav")
+    if args.instrument not in INSTRUMENTS:
+        raise UserError(f"--instrument {args.instrument!r}: must be one of {', '.join(INSTRUMENTS)}")
     tune = found[0]
-    wav = render(tune, args.instrument, args.bpm, fit(tune, args.instrument, tune.tonic) if args.instrument in INSTRUMENTS else 0,
-                 False, False, args.seconds, args.sample_rate, np.random.default_rng(args.seed))[1]
-    write_wav(Path(args.to), wav, args.sample_rate)
+    shift, rng = fit(tune, args.instrument, tune.tonic), np.random.default_rng(args.seed)
+    _, melody = render(tune, args.instrument, args.bpm, shift, False, False, args.seconds, args.sample_rate, rng, 0)
+    write_wav(Path(args.to), melody, args.sample_rate)
     print(f"{args.to}: {tune.title}, {tune.origin}, {args.instrument}, {args.bpm:g} bpm")
 
 
 def main():
     parser = argparse.ArgumentParser(description="renders the embedded tunes as a training set")
     parser.add_argument("--out", default="data/tunes", help="folder; gets train/, valid/ and test/")
-    parser.add_argument("--clips", type=int, nargs=3, default=(20, 10, 2), metavar=("TRAIN", "VALID", "TEST"), help="per tune")
+    parser.add_argument("--clips", type=int, nargs=3, default=(20, 10, 2), metavar=("TRAIN", "VALID", "TEST"),
+                        help="of each tune")
     parser.add_argument("--seconds", type=float, default=12, help="length of a clip")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample_rate", type=int, default=16000, help="Hz")
