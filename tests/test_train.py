@@ -1,0 +1,386 @@
+"""The training loop: equal on one process and several, exact when resumed, safe when it fails.
+
+    python -m pytest tests/test_train.py
+"""
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+
+import train as training
+from config import Config, UserError
+from encodec import EncodecModel
+from lm import LMModel
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SHAPE = dict(sample_rate=1600, ratios=[4, 2], n_q=2, card=16, segment_duration=0.16, radix2_exp=6, device="cpu", seed=3)
+CODEC = dict(SHAPE, task="codec", n_filters=2, dimension=4, lstm=1, kmeans_iters=3, batch_size=4, optim="adamw", lr=1e-3,
+             max_norm=1.0, warmup=0, ema_every=1, adv=0.0, feat=0.0, mel_range=[4, 6], n_mels=4, epochs=1,
+             updates_per_epoch=12, valid_every=5, valid_batches=1, save_every=4, log_every=1, sample_every=0)
+LM = dict(SHAPE, task="lm", dim=16, lr_min_ratio=0.5, num_heads=2, num_layers=2, delays=[0, 1], t5="bytes", t5_dim=8, t5_layers=1,
+          t5_heads=2, stem="none", batch_size=4, epochs=1, updates_per_epoch=20, warmup=2, ema_every=2, valid_every=7,
+          valid_batches=1, save_every=5, log_every=1, sample_every=0, n_eval_wavs=4, top_k=0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Recordings in `audio`, tokens as data/prepare.py writes them in `tokens`, and a codec for them in `codec`."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for n in range(6):
+        path = root / "audio" / "deep" / f"{n}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        seconds = np.arange(1600) / 1600
+        soundfile.write(path, 0.3 * np.sin(2 * np.pi * 60 * (n + 2) * seconds) + 0.01 * rng.standard_normal(1600), 1600)
+    torch.manual_seed(0)
+    EncodecModel(Config(**{**CODEC, "kmeans_init": False})).save(root / "codec")
+    tracks, codes, chroma = [], [], []
+    for n in range(9):
+        frames = 40 if n else 5  # the first is too short for a segment
+        tracks.append(dict(file=f"{n}.wav", shard=0, codes_start=sum(map(len, codes)), frames=frames, weight=1.0,
+                           chroma_start=sum(map(len, chroma)), chroma_frames=frames // 2,
+                           meta=dict(description=f"tune {n}", key="c major", moods=["calm"])))
+        codes.append(rng.integers(4, size=(frames, 2)).astype(np.uint16))
+        chroma.append(rng.integers(12, size=frames // 2).astype(np.uint8))
+    (root / "tokens").mkdir()
+    np.concatenate(codes).tofile(root / "tokens" / "codes.00000.u16")
+    np.concatenate(chroma).tofile(root / "tokens" / "chroma.00000.u8")
+    index = dict(version=1, sample_rate=1600, channels=1, n_q=2, card=16, stride=8, n_chroma=12, radix2_exp=6, hop=16,
+                 shards=1, tracks=tracks)
+    (root / "tokens" / "index.json").write_text(json.dumps(index))
+    return root
+
+
+def settings(data, out, task, **changes):
+    base = dict(LM, data_dir=str(data / "tokens"), codec=str(data / "codec")) if task == "lm" else dict(CODEC, data_dir=str(data / "audio"))
+    return {**base, "out_dir": str(out), **changes}
+
+
+def run_on_two_processes(runs: list[dict]):
+    """All runs one after the other in one launch of two processes: starting Python is what takes time."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, json.dumps(runs)]
+    result = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def lines(out, split: str) -> list[dict]:
+    every = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in every if line["split"] == split]
+
+
+def losses(out) -> list[float]:
+    return [line["loss"] for line in lines(out, "train")]
+
+
+def weights(out) -> dict:
+    return load_file(Path(out) / "model.safetensors")
+
+
+def state(out) -> dict:
+    return {name: t for name, t in load_file(Path(out) / "state.safetensors").items()}
+
+
+def assert_same_run(a, b, tolerance: float):
+    assert len(losses(a)) == len(losses(b))
+    np.testing.assert_allclose(losses(a), losses(b), rtol=0, atol=tolerance + 1e-6)
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+
+
+# --- one run, told in several ways -------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def lm_run(data, tmp_path_factory):
+    """The reference: 20 updates on one process."""
+    out = tmp_path_factory.mktemp("lm") / "out"
+    training.train(Config(**settings(data, out, "lm")))
+    return out
+
+
+def test_lm_trains_and_writes_all_that_a_model_needs(lm_run, data):
+    train, valid = lines(lm_run, "train"), lines(lm_run, "valid")
+    assert [line["update"] for line in valid] == [7, 14, 20]
+    assert {"loss", "ce_1", "ce_2", "ppl_1", "lr", "d_lr", "grad_norm", "tokens_per_s", "data_wait", "memory_gb"} <= train[0].keys()
+    assert abs(train[3]["loss"] - (train[3]["ce_1"] + train[3]["ce_2"]) / 2) < 1e-5
+    from sample import MusicGen
+    model = MusicGen.from_pretrained(lm_run, "cpu")
+    assert model.generate(["a tune"], duration=0.1).shape == (1, 1, 160)
+    for name, tensor in state(lm_run).items():
+        if name.startswith("ema."):
+            torch.testing.assert_close(tensor, model.lm.state_dict()[name[4:]], msg=name)
+
+
+ONE_PROCESS = {"accumulated": dict(grad_accum=2), "checkpointed": dict(checkpointing=True)}
+TWO_PROCESSES = {"ddp": {}, "ddp, accumulated": dict(grad_accum=2), "fsdp": dict(sharding="fsdp"),
+                 "fsdp, checkpointed": dict(sharding="fsdp", checkpointing=True, grad_accum=2)}
+
+
+@pytest.fixture(scope="module")
+def two_processes(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    runs = [settings(data, root / name, "lm", **changes) for name, changes in TWO_PROCESSES.items()]
+    runs.append(settings(data, root / "codec", "codec", **CODEC_RUN))
+    run_on_two_processes(runs)
+    return root
+
+
+@pytest.mark.parametrize("name", TWO_PROCESSES)
+def test_lm_run_on_two_processes_equals_one(lm_run, two_processes, name):
+    assert_same_run(lm_run, two_processes / name, 1e-5)
+
+
+@pytest.mark.parametrize("name", ONE_PROCESS)
+def test_lm_run_is_the_same_when(lm_run, data, tmp_path, name):
+    training.train(Config(**settings(data, tmp_path / "out", "lm", **ONE_PROCESS[name])))
+    assert_same_run(lm_run, tmp_path / "out", 1e-5)
+
+
+@pytest.mark.slow  # the compiler takes half a minute
+def test_lm_run_is_the_same_compiled(lm_run, data, tmp_path):
+    if not any(shutil.which(name) for name in ("g++", "clang++")):
+        pytest.skip("torch.compile on the CPU needs a C++ compiler")
+    training.train(Config(**settings(data, tmp_path / "out", "lm", compile=True)))
+    assert_same_run(lm_run, tmp_path / "out", 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_d_adaptation_in_half_precision_follows_float32(lm_run, data, tmp_path, dtype):
+    changes = dict(dtype=dtype, grad_accum=2, sharding="ddp")
+    training.train(Config(**settings(data, tmp_path / "out", "lm", **changes)))
+    np.testing.assert_allclose(losses(tmp_path / "out"), losses(lm_run), rtol=0.02)
+    for key in ("grad_norm", "d_lr"):  # a gradient clipped before it was unscaled would show here
+        ours, theirs = ([line[key] for line in lines(out, "train")] for out in (tmp_path / "out", lm_run))
+        np.testing.assert_allclose(ours, theirs, rtol=0.1, atol=1e-7)
+
+
+def test_optimizers_by_name_all_learn(data, tmp_path):
+    for optim, lr in (("adamw", 3e-3), ("muon", 0.02)):
+        training.train(Config(**settings(data, tmp_path / optim, "lm", optim=optim, lr=lr)))
+        assert losses(tmp_path / optim)[-1] < losses(tmp_path / optim)[0] - 0.3
+
+
+# --- the codec --------------------------------------------------------------------------------------------------------
+
+# everything at once: k-means start after 3 updates, discriminator, balancer, decoder alone from update 9 on
+CODEC_RUN = dict(adv=1.0, feat=1.0, disc_filters=2, disc_windows=[64, 32], unquantised_steps=3, decoder_only_steps=3)
+
+
+@pytest.fixture(scope="module")
+def codec_run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("codec") / "out"
+    training.train(Config(**settings(data, out, "codec", sample_every=12, **CODEC_RUN)))
+    return out
+
+
+def test_codec_trains_and_writes_a_codec(codec_run, data):
+    codec = EncodecModel.from_pretrained(codec_run)
+    assert codec.decode(codec.encode(torch.randn(1, 1, 100))).shape == (1, 1, 104)
+    first, last = lines(codec_run, "train")[0], lines(codec_run, "train")[-1]
+    assert {"loss", "l1", "msspec", "adv", "feat", "disc", "commit"} <= first.keys() and first["commit"] == 0 < last["commit"]
+    valid = lines(codec_run, "valid")[-1]
+    assert len(valid["entropy"]) == len(valid["live"]) == 2 and abs(valid["kbps"] - 2 * 4 * 0.2) < 1e-6
+    assert {p.name for p in (codec_run / "samples").iterdir()} == {"0_original.wav", "0_update0000012.wav"}
+
+
+def test_codec_run_on_two_processes_equals_one(codec_run, two_processes):
+    assert_same_run(codec_run, two_processes / "codec", 1e-5)
+
+
+def test_the_last_part_trains_the_decoder_alone(data, tmp_path):
+    config = Config(**settings(data, tmp_path / "out", "codec", **CODEC_RUN))
+    stop_at(config, 9)
+    before = state(config.out_dir)
+    training.train(config, resume=True)
+    after = state(config.out_dir)
+    moved = {name.split(".")[1] for name in after if name.startswith("model.") and not torch.equal(after[name], before["ema." + name[6:]])}
+    assert moved == {"decoder"}, "from update 9 on, encoder and codebooks stay what their averages were"
+
+
+# --- interrupted runs ---------------------------------------------------------------------------------------------------
+
+
+def stop_at(config, update: int):
+    """Trains up to an update of the run, as if Ctrl-C had been pressed there."""
+    class AskedAt:
+        calls = 0
+
+        def __bool__(self):
+            self.calls += 1
+            return self.calls >= update
+    training.train(config, interrupted=AskedAt())
+
+
+def in_a_fork(config, seconds=None, number=signal.SIGKILL):
+    """Trains in a copy of this process and signals it after a while."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            training.main([f"--{key}={value}" for key, value in dataclasses.asdict(config).items()] + ["--resume"])
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_often(config, reference, kills: int):
+    """SIGKILL at random moments, --resume each time: nothing may be lost."""
+    rng, killed = np.random.default_rng(7), 0
+    for _ in range(kills):
+        killed += in_a_fork(config, rng.uniform(0.02, 0.6)) == -signal.SIGKILL
+    assert in_a_fork(config) == 0 and killed > kills / 3
+    ours, theirs = state(config.out_dir), state(reference)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(a, b) for a, b in zip(weights(config.out_dir).values(), weights(reference).values()))
+    assert losses(config.out_dir) == losses(reference)
+    assert not list(Path(config.out_dir).glob(".writing-*"))
+
+
+def test_lm_run_killed_and_resumed_is_bit_identical(lm_run, data, tmp_path):
+    kill_often(Config(**settings(data, tmp_path / "out", "lm", save_every=1)), lm_run, 5)
+
+
+def test_codec_run_killed_and_resumed_is_bit_identical(codec_run, data, tmp_path):
+    kill_often(Config(**settings(data, tmp_path / "out", "codec", sample_every=12, save_every=1, **CODEC_RUN)), codec_run, 5)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_ends(data, tmp_path):
+    config = Config(**settings(data, tmp_path / "out", "lm", epochs=1000, save_every=0))
+    assert in_a_fork(config, 1.5, signal.SIGINT) == 130
+    done = len(losses(config.out_dir))
+    with training.safe_open(tmp_path / "out" / "state.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["info"])["update"] == done > 0
+
+
+def test_a_finished_run_is_not_overwritten(lm_run, data):
+    before = weights(lm_run)
+    with pytest.raises(UserError, match="--resume"):
+        training.train(Config(**settings(data, lm_run, "lm")))
+    training.train(Config(**settings(data, lm_run, "lm")), resume=True)  # nothing left to do
+    assert all(torch.equal(before[name], t) for name, t in weights(lm_run).items())
+
+
+def test_a_damaged_checkpoint_is_named(lm_run, data, tmp_path):
+    shutil.copytree(lm_run, tmp_path / "out")
+    path = tmp_path / "out" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="state.safetensors"):
+        training.train(Config(**settings(data, tmp_path / "out", "lm")), resume=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(data, tmp_path, dtype):
+    config = Config(**settings(data, tmp_path / "out", "lm", optim="adamw", lr=1e30, warmup=0, save_every=1, dtype=dtype))
+    with pytest.raises(UserError, match=r"update 1: the loss is not finite.*\.wav at"):
+        training.train(config)
+    assert all(t.isfinite().all() for t in state(config.out_dir).values())
+    report, = (tmp_path / "out" / "diagnosis").iterdir()
+    assert load_file(report)["0.codes"].shape == (4, 2, 20)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------------
+
+
+def test_segments_lie_where_codes_and_chroma_meet_and_follow_the_weights(data, tmp_path):
+    config = Config(**settings(data, "out", "lm"))
+    tokens = training.TokenSegments(config, "train")
+    item = tokens.segment(tokens.tracks[0], 3 * tokens.grid)
+    codes = np.fromfile(data / "tokens" / "codes.00000.u16", np.uint16).reshape(-1, 2)
+    chroma = np.fromfile(data / "tokens" / "chroma.00000.u8", np.uint8)
+    track = tokens.tracks[0]
+    assert tokens.grid == 16 and len(tokens.tracks) + len(training.TokenSegments(config, "valid")) + len(
+        training.TokenSegments(config, "test")) == 8
+    assert (item["codes"].T.numpy() == codes[track["codes_start"] + 6:][:20]).all()
+    assert (item["chroma"].argmax(-1).numpy()[:10] == chroma[track["chroma_start"] + 3:][:10]).all()
+    for n, t in enumerate(tokens.tracks):
+        t["weight"] = 5.0 if n == 0 else 1.0
+    tokens = training.TokenSegments.__new__(training.TokenSegments)
+
+
+def test_items_depend_on_seed_update_and_number_alone(data):
+    config = Config(**settings(data, "out", "lm"))
+    tokens = training.TokenSegments(config, "train")
+    whole = training.get_batch(tokens, config, 5)
+    halves = [training.get_batch(tokens, dataclasses.replace(config, grad_accum=2), 5, micro) for micro in (0, 1)]
+    assert torch.equal(whole["codes"], torch.cat([half["codes"] for half in halves]))
+    assert whole["where"] == halves[0]["where"] + halves[1]["where"]
+    assert whole["where"] != training.get_batch(tokens, config, 6)["where"]
+
+
+def test_data_of_other_settings_are_refused(data):
+    with pytest.raises(UserError, match="card = 16"):
+        training.TokenSegments(Config(**settings(data, "out", "lm", card=32)), "train")
+    with pytest.raises(UserError, match="segment_duration"):
+        training.TokenSegments(Config(**settings(data, "out", "lm", segment_duration=10.0)), "train")
+    with pytest.raises(UserError, match="no such folder"):
+        training.AudioCrops(Config(**settings(data, "out", "codec", data_dir="nowhere")), "train")
+
+
+# --- fine-tuning, plan, evaluation ------------------------------------------------------------------------------------------
+
+
+def test_lora_trains_adapters_alone_and_merges_on_export(lm_run, data, tmp_path):
+    values = settings(data, tmp_path / "out", "lm", init_from=str(lm_run), lora_rank=2, optim="adamw", lr=1e-2, dim=32)
+    training.main([f"--{key}={value}" for key, value in values.items()])  # dim is the checkpoint's, whatever is asked
+    start, tuned, exported = weights(lm_run), state(tmp_path / "out"), weights(tmp_path / "out")
+    assert exported.keys() == start.keys()
+    frozen = [name for name in tuned if name.startswith("model.") and ".0." not in name]
+    for name in frozen:
+        assert torch.equal(tuned[name], start[name[6:].replace("parametrizations.weight.original", "weight")]), name
+    assert not any(name.startswith("optim.") and ".0." not in name for name in tuned), "states of adapters only"
+    name = "layers.0.attn.qkv"
+    up, down = (tuned[f"ema.{name}.parametrizations.weight.0.{key}"] for key in ("up", "down"))
+    torch.testing.assert_close(exported[f"{name}.weight"], start[f"{name}.weight"] + 8.0 * up @ down)
+    assert up.abs().max() > 0 and losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    LMModel.from_pretrained(tmp_path / "out")
+
+
+def test_the_plan_of_the_melody_model_agrees_with_a_hand_calculation(capsys):
+    """1,384 M weights: 48 layers of 12 D^2 + 4 D = 1,359.2 M; K (V + 1) D + K V D = 25.2 M; T5's 768 D + D and chroma's
+    12 D + D: 1.2 M. At 4 bytes 5.5 GB, three times that for D-Adaptation's m, v, s. 30 s are 1,500 frames of 4 codes."""
+    D, K, V = 1536, 4, 2048
+    weights = 48 * (12 * D * D + 4 * D) + K * (V + 1) * D + K * V * D + 2 * D + (768 + 1) * D + (12 + 1) * D
+    figures = training.plan(training.load([str(ROOT / "config" / "melody.py")]), processes=8, device_bytes=80e9)
+    assert figures["parameters"] == figures["trained"] == weights
+    assert figures["weights"] == figures["gradients"] == figures["ema"] == 4 * weights
+    assert figures["optimizer"] == 12 * weights and figures["tokens_per_update"] == 192 * 4 * 1500
+    assert "1,386" in capsys.readouterr().out
+
+
+def test_evaluation_of_language_model_and_codec(lm_run, codec_run, data):
+    figures = training.evaluate(Config(**settings(data, lm_run, "lm", data_dir=str(data / "tokens_split"))), "test")
+    assert {"ppl_1", "ppl_2", "chroma_cosine", "chroma_agreement", "frechet"} <= figures.keys()
+    assert figures == json.loads((lm_run / "eval_test.json").read_text()) and figures["frechet"] >= 0
+    figures = training.evaluate(Config(**settings(data, codec_run, "codec")), "test")
+    assert 0 <= figures["chroma_agreement"] <= 1 and figures["files"] == 1 and len(figures["perplexity"]) == 2
+
+
+def test_frechet_distance_of_known_gaussians():
+    x = np.random.default_rng(0).standard_normal((4000, 3))
+    assert training.frechet_distance(x, x) < 1e-3
+    assert abs(training.frechet_distance(x, 2 * x + [3, 0, 0]) - (9 + 3)) < 0.5
+
+
+if __name__ == "__main__":
+    for values in json.loads(sys.argv[1]):
+        training.train(Config(**values))
