@@ -5,12 +5,12 @@
     wav (B, C, L) --encoder--> (B, Z, T) --quantizer--> codes (B, K, T) --entries--> (B, Z, T) --decoder--> wav
       32,000 a second            50 a second              50 x K a second
 
-The encoder ("SEANet", Tagliasacchi et al., arXiv 2009.02095) is a stack of convolutions. Each stage is a residual
-unit and a strided convolution that halves nothing but time: it divides the rate by one of `ratios` (innermost
-first) and doubles the channels. An LSTM looks over the whole piece, and the decoder is the mirror image.
-T = ceil(L / stride),
-stride = product of the ratios. This file has the model, reading its weights from the formats in use, audio files,
-and what only training needs: losses, discriminator, balancer.
+The encoder ("SEANet", arXiv 2009.02095) is a stack of convolutions. Each stage is a residual unit and a strided
+convolution that divides the rate by one of `ratios` (innermost last) and doubles the channels; an LSTM then looks
+over all frames. The decoder is its mirror image. T = ceil(L / stride), stride = product of the ratios.
+
+The file has the model, long audio in pieces, weights in the formats in use, audio files, and what only training
+needs: losses, discriminator, balancer.
 """
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from torch.nn.utils import parametrizations, parametrize
 from config import Config, UserError, run, write_atomic
 from rvq import ResidualVectorQuantizer, process_count
 
-PIECE = 500  # frames of a piece when long audio is coded piece by piece
+PIECE = 50  # frames of a piece when audio is coded piece by piece: more takes more memory and is no faster
 
 
 # --- the model ---------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class EncodecModel(nn.Module):
         return model.eval()
 
 
-# --- long audio: the same layers, piece by piece -------------------------------------------------------------------
+# --- long audio: the same layers, piece by piece -----------------------------------------------------------
 
 def stream(layer, pieces):
     """Runs a layer over an iterator of consecutive pieces (B, channels, any length): yields its output, in pieces.
@@ -332,7 +332,7 @@ def _join(a, b):
     return b if a is None else a if b is None else torch.cat([a, b], -1)
 
 
-# --- reading and writing weights: lm.py and conditioners.py use these too -------------------------------------------
+# --- reading and writing weights: lm.py and conditioners.py use these too ----------------------------------
 
 def open_checkpoint(name) -> Path:
     """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> its directory."""
@@ -414,7 +414,7 @@ def read_original(path) -> tuple[dict, dict]:
         import yaml
         config, state = yaml.safe_load(value["xp.cfg"]), value["best_state"]
         state = state.get("model", state)
-        assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values()), "other things"
+        assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values()), "not so"
         return state, config
     except ImportError:
         raise UserError(f"{path}: its configuration is YAML; pip install pyyaml to read it") from None
@@ -452,7 +452,7 @@ def write_tensors(path, tensors: dict, metadata: dict | None = None):
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata or {"format": "pt"}))
 
 
-# --- the codec in the formats of others ----------------------------------------------------------------------------
+# --- the codec in the formats of others --------------------------------------------------------------------
 
 NAMES = (
     # ours                                transformers                      the original
@@ -565,7 +565,7 @@ def _config_from_original(tree: dict, where) -> dict:
                 **{ours: look(key) for ours, _, key in FIELDS})
 
 
-# --- audio files -------------------------------------------------------------------------------------------------
+# --- audio files -------------------------------------------------------------------------------------------
 
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"),
            ".mp3": ("MP3", "MPEG_LAYER_III")}
@@ -583,6 +583,8 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
     from scipy.signal import resample_poly
     if not Path(path).is_file():
         raise UserError(f"{path}: no such audio file")
+    if start < 0 or duration is not None and duration <= 0:
+        raise UserError(f"{path}: cannot read {duration} s from {start} s on; start from 0, last more than 0")
     first, blocks = round(start * sample_rate), []
     try:
         with soundfile.SoundFile(str(path)) as file:
@@ -637,7 +639,7 @@ def write_audio(path, wav, sample_rate: int):
         raise UserError(f"{path}: cannot be written ({error})") from None
 
 
-# --- training: losses, discriminator, balancer (EnCodec, sections 3.4 and 3.5) ----------------------------------
+# --- training: losses, discriminator, balancer (EnCodec, sections 3.4 and 3.5) -----------------------------
 
 @functools.lru_cache(maxsize=32)
 def mel_filters(n_fft: int, sample_rate: int, n_mels: int, device, f_min: float = 64.0):
@@ -788,29 +790,28 @@ def demo(argv):
     torch.manual_seed(0)
     directory = Path(__file__).parent / "checkpoints" / "tiny" / "codec"
     if directory.is_dir():
-        codec, told = EncodecModel.from_pretrained(directory), str(directory.relative_to(Path(__file__).parent))
+        codec = EncodecModel.from_pretrained(directory)
     else:
         codec = EncodecModel(Config(task="codec", n_filters=8, dimension=32, card=256, kmeans_init=False)).eval()
-        told = "random weights"
+        print("random weights, as there is no checkpoints/tiny/codec: shapes are right, sound is not")
+    time = torch.arange(2 * codec.sample_rate) / codec.sample_rate
+    wav = 0.3 * torch.sin(2 * torch.pi * (220 + 110 * time) * time).expand(codec.channels, -1)
     if argv:
         wav = read_audio(argv[0], codec.sample_rate, codec.channels, duration=10.0)
-    else:
-        time = torch.arange(2 * codec.sample_rate) / codec.sample_rate
-        wav = 0.3 * torch.sin(2 * torch.pi * (220 + 110 * time) * time).expand(codec.channels, -1)
+    wav, config = wav[None], codec.config
+    codes = codec.encode(wav)
     bits = codec.num_codebooks * math.log2(codec.cardinality) * codec.frame_rate / 1000
-    with torch.no_grad():
-        latent = codec.encoder(wav[None])
-    codes = codec.encode(wav[None])
-    print(f"codec    {told}: {sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M parameters")
-    print(f"samples  {tuple(wav[None].shape)}  {wav.shape[1] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")
-    print(f"frames   {tuple(latent.shape)}  one in {codec.stride} samples, {codec.frame_rate:g} a second")
+    print(f"samples  {tuple(wav.shape)}  {wav.shape[2] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")
+    print(f"frames   {(1, config.dimension, codes.shape[2])}  one for {codec.stride} samples, "
+          f"{codec.frame_rate:g} a second")
     print(f"codes    {tuple(codes.shape)}  below {codec.cardinality}, {bits:.2f} kb/s; the first frames:")
     for k, row in enumerate(codes[0, :, :12].tolist()):
-        print(f"  k{k}  " + " ".join(f"{c:4d}" for c in row))
+        print(f"     k{k}  " + " ".join(f"{code:4d}" for code in row))
     for k in range(1, codec.num_codebooks + 1):
         back = codec.decode(codes[:, :k])
-        print(f"samples  {tuple(back.shape)}  from {k} codebooks, mel distance "
-              f"{float(mel_loss(codec.config, wav[None], back[..., :wav.shape[1]])):.3f}")
+        distance = float(mel_loss(config, wav, back[..., :wav.shape[2]]))
+        print(f"samples  {tuple(back.shape)}  from {k} of {codec.num_codebooks} codebooks, "
+              f"mel distance {distance:.3f}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def worst(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
-# --- the original's numbers ----------------------------------------------------------------------------------
+# --- the original's numbers --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("start", ["warm", "fresh"])
 def test_training_passes_agree_with_the_original(start):
@@ -69,7 +69,7 @@ def test_evaluation_changes_nothing_and_agrees_with_encode():
     assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
 
 
-# --- k-means -------------------------------------------------------------------------------------------------------
+# --- k-means -----------------------------------------------------------------------------------------------
 
 def blobs(n, centres, seed=0):
     """(1, Z, n) vectors around given centres (k, Z)"""
@@ -114,7 +114,7 @@ def test_fewer_vectors_than_entries():
     assert all(value.isfinite().all() for value in quantizer.state_dict().values())
 
 
-# --- dead entries ----------------------------------------------------------------------------------------------------
+# --- dead entries ------------------------------------------------------------------------------------------
 
 def test_a_restarted_entry_survives_the_pass_and_is_used():
     generator = torch.Generator().manual_seed(3)
@@ -158,7 +158,7 @@ def test_restarts_bring_all_entries_into_use():
     assert used[2.0] >= 29 and used[2.0] > used[0.0]
 
 
-# --- training options ------------------------------------------------------------------------------------------------
+# --- training options --------------------------------------------------------------------------------------
 
 def test_quantizer_dropout_draws_every_number_of_codebooks_in_training_only():
     quantizer = ResidualVectorQuantizer(4, 3, 8, kmeans_iters=2, q_dropout=True).train()
@@ -195,7 +195,7 @@ def test_asking_for_codebooks_that_are_not_there(n_q):
         ResidualVectorQuantizer(4, 3, 8).encode(torch.randn(1, 4, 5), n_q=n_q)
 
 
-# --- two processes ---------------------------------------------------------------------------------------------------
+# --- two processes -----------------------------------------------------------------------------------------
 
 TRAIN = """
 import sys, torch
@@ -224,8 +224,8 @@ def train_with(world, path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    jobs = [subprocess.Popen([sys.executable, "-c", TRAIN, str(rank), str(world), str(port), str(path)], env=environment)
-            for rank in range(world)]
+    jobs = [subprocess.Popen([sys.executable, "-c", TRAIN, str(rank), str(world), str(port), str(path)],
+                             env=environment) for rank in range(world)]
     try:
         assert [job.wait(120) for job in jobs] == [0] * world
     finally:
