@@ -66,7 +66,8 @@ encodec: {{autoencoder: seanet, quantizer: rvq, sample_rate: '${{sample_rate}}',
 seanet: {{dimension: {c.dimension}, channels: '${{channels}}', causal: '${{encodec.causal}}',
   n_filters: {c.n_filters}, n_residual_layers: 1, ratios: {r}, activation: ELU, norm: weight_norm, kernel_size: 7,
   residual_kernel_size: 3, last_kernel_size: 7, dilation_base: 2, pad_mode: {c.pad_mode}, true_skip: true,
-  compress: 2, lstm: 2, disable_norm_outer_blocks: 0, decoder: {{trim_right_ratio: 1.0, final_activation: null}}, encoder: {{}}}}
+  compress: 2, lstm: 2, disable_norm_outer_blocks: 0, decoder: {{trim_right_ratio: 1.0,
+  final_activation: null}}, encoder: {{}}}}
 rvq: {{n_q: {c.n_q}, bins: {c.card}}}
 """
 
