@@ -5,6 +5,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SHAPE = dict(sample_rate=1600, ratios=[4, 2], n_q=2, card=16, segment_duration=0.16, radix2_exp=6, device="cpu", seed=3)
-CODEC = dict(SHAPE, task="codec", n_filters=2, dimension=4, lstm=1, kmeans_iters=3, batch_size=4, optim="adamw", lr=1e-3,
+CODEC = dict(SHAPE, task="codec", n_filters=4, dimension=4, lstm=1, kmeans_iters=3, batch_size=4, optim="adamw", lr=1e-3,
              max_norm=1.0, warmup=0, ema_every=1, adv=0.0, feat=0.0, mel_range=[4, 6], n_mels=4, epochs=1,
              updates_per_epoch=12, valid_every=5, valid_batches=1, save_every=4, log_every=1, sample_every=0)
 LM = dict(SHAPE, task="lm", dim=16, lr_min_ratio=0.5, num_heads=2, num_layers=2, delays=[0, 1], t5="bytes", t5_dim=8, t5_layers=1,
@@ -49,7 +50,7 @@ def data(tmp_path_factory):
     tracks, codes, chroma = [], [], []
     for n in range(9):
         frames = 40 if n else 5  # the first is too short for a segment
-        tracks.append(dict(file=f"{n}.wav", shard=0, codes_start=sum(map(len, codes)), frames=frames, weight=1.0,
+        tracks.append(dict(file=f"{n}.wav", shard=0, codes_start=sum(map(len, codes)), frames=frames, weight=3.0 if n == 5 else 1.0,
                            chroma_start=sum(map(len, chroma)), chroma_frames=frames // 2,
                            meta=dict(description=f"tune {n}", key="c major", moods=["calm"])))
         codes.append(rng.integers(4, size=(frames, 2)).astype(np.uint16))
@@ -295,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(data,
         training.train(config)
     assert all(t.isfinite().all() for t in state(config.out_dir).values())
     report, = (tmp_path / "out" / "diagnosis").iterdir()
-    assert load_file(report)["0.codes"].shape == (4, 2, 20)
+    assert load_file(report)["0.codes"].shape == (4, 2, 32)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
@@ -310,11 +311,12 @@ def test_segments_lie_where_codes_and_chroma_meet_and_follow_the_weights(data, t
     track = tokens.tracks[0]
     assert tokens.grid == 16 and len(tokens.tracks) + len(training.TokenSegments(config, "valid")) + len(
         training.TokenSegments(config, "test")) == 8
-    assert (item["codes"].T.numpy() == codes[track["codes_start"] + 6:][:20]).all()
+    assert (item["codes"].T.numpy() == codes[track["codes_start"] + 6:][:32]).all()
     assert (item["chroma"].argmax(-1).numpy()[:10] == chroma[track["chroma_start"] + 3:][:10]).all()
-    for n, t in enumerate(tokens.tracks):
-        t["weight"] = 5.0 if n == 0 else 1.0
-    tokens = training.TokenSegments.__new__(training.TokenSegments)
+    drawn = [tokens.item(np.random.default_rng([0, n]), True)["where"].split()[0] for n in range(600)]
+    heavy = next(t["file"] for t in tokens.tracks if t["weight"] == 3.0)
+    share = drawn.count(heavy) / 600
+    assert abs(share - 3 / (len(tokens.tracks) + 2)) < 0.08
 
 
 def test_items_depend_on_seed_update_and_number_alone(data):
@@ -344,10 +346,10 @@ def test_lora_trains_adapters_alone_and_merges_on_export(lm_run, data, tmp_path)
     training.main([f"--{key}={value}" for key, value in values.items()])  # dim is the checkpoint's, whatever is asked
     start, tuned, exported = weights(lm_run), state(tmp_path / "out"), weights(tmp_path / "out")
     assert exported.keys() == start.keys()
-    frozen = [name for name in tuned if name.startswith("model.") and ".0." not in name]
+    frozen = [name for name in tuned if name.startswith("model.") and not re.search(r"\.0\.|embed_tokens", name)]
     for name in frozen:
         assert torch.equal(tuned[name], start[name[6:].replace("parametrizations.weight.original", "weight")]), name
-    assert not any(name.startswith("optim.") and ".0." not in name for name in tuned), "states of adapters only"
+    assert all(".0." in name for name in tuned if name.startswith("optim.")), "states of adapters only"
     name = "layers.0.attn.qkv"
     up, down = (tuned[f"ema.{name}.parametrizations.weight.0.{key}"] for key in ("up", "down"))
     torch.testing.assert_close(exported[f"{name}.weight"], start[f"{name}.weight"] + 8.0 * up @ down)
@@ -356,7 +358,7 @@ def test_lora_trains_adapters_alone_and_merges_on_export(lm_run, data, tmp_path)
 
 
 def test_the_plan_of_the_melody_model_agrees_with_a_hand_calculation(capsys):
-    """1,384 M weights: 48 layers of 12 D^2 + 4 D = 1,359.2 M; K (V + 1) D + K V D = 25.2 M; T5's 768 D + D and chroma's
+    """1,385.6 M weights: 48 layers of 12 D^2 + 4 D = 1,359.2 M; K (V + 1) D + K V D = 25.2 M; T5's 768 D + D and chroma's
     12 D + D: 1.2 M. At 4 bytes 5.5 GB, three times that for D-Adaptation's m, v, s. 30 s are 1,500 frames of 4 codes."""
     D, K, V = 1536, 4, 2048
     weights = 48 * (12 * D * D + 4 * D) + K * (V + 1) * D + K * V * D + 2 * D + (768 + 1) * D + (12 + 1) * D
@@ -364,13 +366,13 @@ def test_the_plan_of_the_melody_model_agrees_with_a_hand_calculation(capsys):
     assert figures["parameters"] == figures["trained"] == weights
     assert figures["weights"] == figures["gradients"] == figures["ema"] == 4 * weights
     assert figures["optimizer"] == 12 * weights and figures["tokens_per_update"] == 192 * 4 * 1500
-    assert "1,386" in capsys.readouterr().out
+    assert "1,385.6 M" in capsys.readouterr().out
 
 
 def test_evaluation_of_language_model_and_codec(lm_run, codec_run, data):
-    figures = training.evaluate(Config(**settings(data, lm_run, "lm", data_dir=str(data / "tokens_split"))), "test")
+    figures = training.evaluate(Config(**settings(data, lm_run, "lm", n_eval_wavs=3)), "train")
     assert {"ppl_1", "ppl_2", "chroma_cosine", "chroma_agreement", "frechet"} <= figures.keys()
-    assert figures == json.loads((lm_run / "eval_test.json").read_text()) and figures["frechet"] >= 0
+    assert figures == json.loads((lm_run / "eval_train.json").read_text()) and figures["frechet"] >= 0
     figures = training.evaluate(Config(**settings(data, codec_run, "codec")), "test")
     assert 0 <= figures["chroma_agreement"] <= 1 and figures["files"] == 1 and len(figures["perplexity"]) == 2
 
