@@ -297,7 +297,7 @@ def test_usage_errors(tmp_path, codec_dir, folder):
         run(folder, tmp_path / "out", codec_dir, "--stem", "both")
     with pytest.raises(UserError, match="nothing"):
         run(folder, tmp_path / "out", tmp_path / "nothing")
-    with pytest.raises(UserError, match="card = 2048"):
+    with pytest.raises(UserError, match="product of ratios = 640"):
         run(folder, tmp_path / "out", codec_dir, "--config", str(ROOT / "config/melody.py"), "--sample_rate", str(SR))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
