@@ -126,29 +126,32 @@ def separate(wav, sample_rate: int, stem: str = "auto"):
     return hpss(mono[0].cpu(), sample_rate)[None].to(wav.device) if stem == "hpss" else mono
 
 
-def hpss(wav, sample_rate: int, times: int = 13, bands: int = 17, cut=(120.0, 240.0)):
-    """Wave (L,) -> its harmonic part (L,) above the bass.
+def hpss(wav, sample_rate: int):
+    """Wave (L,) -> its harmonic part (L,) between the bass and 6 kHz.
 
     Harmonic/percussive separation by medians (Fitzgerald 2010): in a spectrogram a note is a horizontal line, a drum
-    a vertical one. The median of 13 frames (0.2 s) along time keeps lines H, that of 17 bins (270 Hz) along
-    frequency keeps strokes P, and the mask H^2 / (H^2 + P^2) keeps what is more line than stroke. The bass range is
-    faded out between the two frequencies (Hz) of `cut`. Blocks bound the memory and do not show in the result.
+    a vertical one. The median of 7 frames (0.2 s) along time keeps lines H, that of 17 bins (270 Hz) along frequency
+    keeps strokes P, and the mask H^2 / (H^2 + P^2) keeps what is more line than stroke. The bass fades out from 240
+    to 120 Hz, and no melody is above 6 kHz. Blocks bound the memory and do not show in the result.
     """
     n_fft = 2 ** round(math.log2(sample_rate * 0.064))
-    hop, L, window = n_fft // 4, len(wav), torch.hann_window(n_fft)
-    octaves = torch.log2(torch.arange(n_fft // 2 + 1).clamp(min=1) * sample_rate / n_fft / cut[0])
-    fade = 0.5 - 0.5 * torch.cos(math.pi * (octaves / math.log2(cut[1] / cut[0])).clamp(0, 1))
-    block, margin = 1000 * hop, (times // 2 + 4) * hop  # the margin covers the median and a window on both its sides
+    hop, L, window = n_fft // 2, len(wav), torch.hann_window(n_fft)
+    frequency = torch.arange(n_fft // 2 + 1) * sample_rate / n_fft
+    frequency = frequency[frequency < 6000]
+    fade = 0.5 - 0.5 * torch.cos(math.pi * torch.log2(frequency / 120).clamp(0, 1))
+    block, margin = 1000 * hop, 7 * hop  # the margin covers the median and the windows on both its sides
     out = torch.empty(L)
     for start in range(0, L, block):
         begin, end = max(0, start - margin), min(L, start + block)
         piece = wav[begin:end + margin]
         piece = F.pad(piece, (0, max(0, n_fft - len(piece))))
         spectrum = torch.stft(piece, n_fft, hop, window=window, return_complex=True)  # (n_fft/2 + 1, frames)
-        size = spectrum.abs().numpy()
-        H, P = torch.from_numpy(_median(size, times)) ** 2, torch.from_numpy(_median(size.T, bands).T) ** 2
-        mask = H / (H + P).clamp(min=1e-20) * fade[:, None]
-        harmonic = torch.istft(spectrum * mask, n_fft, hop, window=window, length=len(piece))
+        band = spectrum[:len(fade)]
+        size = band.abs().numpy()
+        H, P = torch.from_numpy(_median(size, 7)) ** 2, torch.from_numpy(_median(size.T, 17).T) ** 2
+        band *= H / (H + P).clamp(min=1e-20) * fade[:, None]
+        spectrum[len(fade):] = 0
+        harmonic = torch.istft(spectrum, n_fft, hop, window=window, length=len(piece))
         out[start:end] = harmonic[start - begin:end - begin]
     return out
 

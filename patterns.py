@@ -132,7 +132,8 @@ def from_config(config) -> Pattern:
     """The pattern that `config.pattern`, `config.n_q` and `config.delays` name."""
     K = config.n_q
     return {"delay": DelayPattern(config.delays), "parallel": ParallelPattern(K), "musiclm": MusicLMPattern(K),
-            "unroll": UnrollPattern(tuple(range(K))), "coarse_first": CoarseFirstPattern((0,) * (K - 1))}[config.pattern]
+            "coarse_first": CoarseFirstPattern((0,) * (K - 1)),
+            "unroll": UnrollPattern(tuple(range(K)))}[config.pattern]
 
 
 def _take(x, index, fill):
@@ -163,7 +164,7 @@ def main(argv):
     """Draws the five patterns with four codebooks, a row per codebook, as figure 1 of the paper."""
     if len(argv) > 1 or argv and not (argv[0].isdecimal() and 1 <= int(argv[0][:9]) <= 20):
         raise UserError(f"{' '.join(argv)}: give one number of frames from 1 to 20, such as `python patterns.py 4`")
-    codes = torch.arange(1, int(argv[0] if argv else 4) + 1).expand(1, 4, -1)  # a code is drawn as its frame's number
+    codes = torch.arange(1, int(argv[0] if argv else 4) + 1).expand(1, 4, -1)  # drawn as the number of the frame
     for pattern in (DelayPattern((0, 1, 2, 3)), ParallelPattern(4), UnrollPattern((0, 1, 2, 3)),
                     CoarseFirstPattern((0, 0, 0)), MusicLMPattern(4)):
         sequence, _ = pattern.build(codes, special=0)

@@ -2,15 +2,14 @@
 
     python -m pytest tests/test_patterns.py
 """
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from config import Config
+import patterns
+from config import Config, UserError
 from patterns import (CoarseFirstPattern, DelayPattern, MusicLMPattern, ParallelPattern, UnrollPattern, from_config)
 
 ROOT = Path(__file__).parent.parent
@@ -136,14 +135,11 @@ def test_from_config():
         assert torch.equal(one.revert(one.build(codes, 9)[0], 5, 9)[0], codes)
 
 
-def demo(*args):
-    return subprocess.run([sys.executable, ROOT / "patterns.py", *args], capture_output=True, text=True)
-
-
-def test_demo_draws_the_figure():
-    result = demo()
-    assert result.returncode == 0 and result.stderr == ""
-    assert "  k3  .  .  .  1  2  3  4  ." in result.stdout.splitlines()
-    assert result.stdout.count("k4") == 5
-    wrong = demo("many")
-    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "many" in wrong.stderr
+def test_demo_draws_the_figure(capsys):
+    patterns.main([])
+    drawn = capsys.readouterr().out
+    assert "  k3  .  .  .  1  2  3  4  ." in drawn.splitlines()
+    assert drawn.count("k4") == 5
+    for wrong in (["many"], ["0"], ["1000"], ["1", "2"]):
+        with pytest.raises(UserError, match=wrong[0]):
+            patterns.main(wrong)
