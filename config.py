@@ -168,6 +168,11 @@ class Config:
         return product
 
     @property
+    def segment_frames(self) -> int:
+        """T: code frames of a training segment."""
+        return round(self.segment_duration * self.sample_rate / self.stride)
+
+    @property
     def chroma_frames(self) -> int:
         """M: chroma frames of a training segment, the length that the melody prefix always has."""
         return self.chroma_length or int(self.segment_duration * self.sample_rate) // (2 ** self.radix2_exp // 4) + 1

@@ -27,14 +27,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from chroma import ChromaExtractor, separate
+from conditioners import augment_description, drop_conditions, word_dropout
 from config import Config, UserError, load, pick_device, run, write_atomic
 from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
                      generator_losses, mel_loss, open_checkpoint, read_audio, read_json,
                      write_audio, write_tensors)
+from lm import LMModel, read_config
+from rvq import process_count
+from sample import MusicGen
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 SPLITS = ("train", "valid", "test")
@@ -86,7 +92,8 @@ class DAdaptAdam(torch.optim.Optimizer):
 
     def __init__(self, params, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, d0=1e-6,
                  growth_rate=float("inf")):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, growth_rate=growth_rate))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                      growth_rate=growth_rate))
         assert len(self.param_groups) == 1, "one d is shared by all weights: give them as a single group"
         group = self.param_groups[0]
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in group["params"]):
@@ -232,44 +239,60 @@ class EMA:
                 torch._foreach_copy_(local(self.values().values()), local(kept))
 
 
-def build_optimizers(module, config: Config) -> list:
-    """The optimizers of a module's trainable weights. `base_lr` of every group is what the schedule multiplies."""
+TABLES = r"(^|\.)(emb|heads|proj|shared|embed_tokens|relative_attention_bias)\."  # and heads: no hidden matrices
+
+
+def build_optimizers(module, extra, config: Config) -> list:
+    """The optimizers of a module's trainable weights, and Adam for those of `extra` (the codec's discriminator).
+
+    `base_lr` of every group is what the schedule multiplies.
+    """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    params, shared = [p for _, p in named], dict(eps=config.eps, weight_decay=config.weight_decay)
+    params = [p for _, p in named]
+    shared = dict(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
     if config.optim == "dadam":
-        optimizers = [DAdaptAdam(params, config.lr, config.betas, **shared)]
+        optimizers = [DAdaptAdam(params, config.lr, **shared)]
     elif config.optim == "adamw":
-        optimizers = [torch.optim.AdamW(params, config.lr, config.betas, **shared)]
+        optimizers = [torch.optim.AdamW(params, config.lr, **shared)]
     else:
         directions = [p for name, p in named if name.endswith("weight.original1")]  # of weight norm
-        matrices = [p for name, p in named if p.ndim >= 2 and name.endswith("weight") and not re.search(ADAM, name)]
-        muon = {id(p) for p in directions + matrices}
+        matrices = [p for name, p in named if p.ndim >= 2 and name.endswith("weight") and not re.search(TABLES, name)]
+        rest = [p for p in params if all(p is not other for other in directions + matrices)]
         groups = [dict(params=directions, keep_norm=True), dict(params=matrices)]
         optimizers = [Muon([g for g in groups if g["params"]], config.lr, weight_decay=config.weight_decay),
-                      torch.optim.AdamW([p for p in params if id(p) not in muon], config.lr / 10, config.betas, **shared)]
+                      torch.optim.AdamW(rest, config.lr / 10, **shared)]
+    if list(extra.parameters()):
+        lr = config.lr if config.optim == "adamw" else 3e-4
+        optimizers.append(torch.optim.AdamW(extra.parameters(), lr, (0.5, 0.9), weight_decay=0.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
 
 
-ADAM = r"(^|\.)(emb|heads|proj|shared|embed_tokens|relative_attention_bias)\."  # tables, heads, what they feed
-
 # === data =======================================================================================================
 
+def split_of(data_dir, split: str):
+    """Folder of a split, and a function that picks its part of the names in it.
 
-def split_of(folder, split: str) -> tuple[Path, bool]:
-    """Where a split lies: folder/split where there is one, else in folder itself. -> (folder, has its own)"""
-    own = Path(folder) / split
-    return (own, True) if own.is_dir() else (Path(folder), False)
+    train/, valid/ and test/ inside data_dir are the splits. Without them every twentieth name, by its checksum, is for
+    validation and another one for testing.
+    """
+    folder = Path(data_dir)
+    if any((folder / name).is_dir() for name in SPLITS):
+        return folder / split, list
+
+    def part(names):
+        order = sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
+        n = max(1, len(order) // 20) if len(order) >= 3 else 0
+        return sorted({"valid": order[:n], "test": order[n:2 * n], "train": order[2 * n:]}[split])
+    return folder, part
 
 
-def hold_out(names: list[str], split: str) -> list[str]:
-    """Part of a folder without train/, valid/, test/ of its own: one name in twenty, at least one, for each of the
-    latter two, chosen by the checksum of the name."""
-    order = sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
-    n = max(1, len(order) // 20) if len(order) >= 3 else 0
-    return sorted({"valid": order[:n], "test": order[n:2 * n], "train": order[2 * n:]}[split])
+def pick(weights, rng) -> int:
+    """An index, drawn with probabilities in proportion to weights."""
+    sums = np.cumsum(weights)
+    return min(int(np.searchsorted(sums, rng.random() * sums[-1], "right")), len(sums) - 1)
 
 
 class AudioCrops:
@@ -277,121 +300,116 @@ class AudioCrops:
 
     def __init__(self, config: Config, split: str):
         import soundfile
-        folder, own = split_of(config.data_dir, split)
-        if not folder.is_dir():
-            raise UserError(f"data_dir = {config.data_dir!r}: no such folder; give a folder of recordings")
-        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*")
-                       if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        folder, part = split_of(config.data_dir, split)
+        names = [str(p.relative_to(folder)) for p in folder.rglob("*")
+                 if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
         self.config, self.paths, self.seconds = config, [], []
-        for name in names if own else hold_out(names, split):
+        for name in sorted(part(names)):
             try:
                 info = soundfile.info(str(folder / name))
                 assert info.frames > 0, "empty"
+                self.paths.append(folder / name)
+                self.seconds.append(info.frames / info.samplerate)
             except (RuntimeError, OSError, AssertionError) as error:
                 print(f"skipped {folder / name}: {error}", file=sys.stderr)
-                continue
-            self.paths.append(folder / name)
-            self.seconds.append(info.frames / info.samplerate)
         if split == "train" and not self.paths:
-            raise UserError(f"data_dir = {config.data_dir!r}: holds no readable {' '.join(SUFFIXES)} to train on")
-        weights = np.maximum(self.seconds, config.segment_duration)  # every second of music equally often
-        self.cumulative = np.cumsum(weights) / max(1e-9, np.sum(weights))
+            raise UserError(f"data_dir = {config.data_dir!r}: no readable {' '.join(SUFFIXES)} files to train on")
+        self.weights = np.maximum(self.seconds, config.segment_duration)  # every second of music equally often
 
     def __len__(self):
         return len(self.paths)
 
     def item(self, rng, train: bool) -> dict:
-        """One crop of segment_duration; a shorter file is followed by silence."""
-        config, n = self.config, min(int(np.searchsorted(self.cumulative, rng.random(), "right")), len(self) - 1)
-        start = rng.random() * max(0.0, self.seconds[n] - config.segment_duration)
-        start = int(start * config.sample_rate) / config.sample_rate
-        crop = read_audio(self.paths[n], config.sample_rate, config.channels, start, config.segment_duration)
-        wav = torch.zeros(config.channels, round(config.segment_duration * config.sample_rate))
-        wav[:, :crop.shape[1]] = crop[:, :wav.shape[1]]
-        return {"wav": wav, "where": f"{self.paths[n]} at {start:.3f} s"}
+        """One crop of segment_duration; a shorter file is followed by silence, a damaged one gives way to another."""
+        config = self.config
+        for attempt in range(20):
+            n = pick(self.weights, rng)
+            start = rng.random() * max(0.0, self.seconds[n] - config.segment_duration)
+            start = int(start * config.sample_rate) / config.sample_rate
+            try:
+                crop = read_audio(self.paths[n], config.sample_rate, config.channels, start, config.segment_duration)
+                break
+            except UserError as error:
+                print(f"skipped: {error}", file=sys.stderr)
+                if attempt == 19:
+                    raise
+        L = round(config.segment_duration * config.sample_rate)
+        return {"wav": F.pad(crop, (0, max(0, L - crop.shape[1])))[:, :L], "where": f"{self.paths[n]} at {start:.3f} s"}
 
 
 class TokenSegments:
-    """Random segments of tracks prepared by data/prepare.py, read from its memory-mapped shards.
+    """Random segments of the tracks that data/prepare.py prepared, read from its memory-mapped shards.
 
     Segments start where a code frame and a chroma frame fall on the same sample: every lcm(stride, hop) samples.
     """
 
     def __init__(self, config: Config, split: str):
-        folder, own = split_of(config.data_dir, split)
+        folder, part = split_of(config.data_dir, split)
+        self.config, self.hop, self.tracks, self.weights = config, 2 ** config.radix2_exp // 4, [], []
+        self.T, self.grid = config.segment_frames, math.lcm(config.stride, self.hop)
+        if split != "train" and not folder.exists():
+            return
         index = read_json(folder / "index.json")
-        self.config, self.hop = config, 2 ** config.radix2_exp // 4
-        for key, ours in (("n_q", config.n_q), ("card", config.card), ("stride", config.stride), ("hop", self.hop),
-                          ("sample_rate", config.sample_rate)):
-            if index.get(key) != ours:
-                raise UserError(f"{folder}: was prepared with {key} = {index.get(key)}, the configuration says {ours}; "
-                                f"prepare it again or train with what it has")
-        self.T = round(config.segment_duration * config.sample_rate / config.stride)
-        self.grid = math.lcm(config.stride, self.hop)
-        self.shards = [(memmap(folder / f"codes.{n:05d}.u16", np.uint16).reshape(-1, config.n_q),
-                        memmap(folder / f"chroma.{n:05d}.u8", np.uint8)) for n in range(index["shards"])]
-        tracks = index["tracks"]
-        kept = {t["file"] for t in tracks} if own else set(hold_out([t["file"] for t in tracks], split))
-        tracks = [t for t in tracks if t["file"] in kept]
-        self.tracks = [t for t in tracks if t["frames"] >= self.T and t.get("weight", 1) > 0]
-        for t in self.tracks:
-            codes, chroma = self.shards[t["shard"]]
-            if not (0 <= t["codes_start"] <= len(codes) - t["frames"] and
-                    0 <= t["chroma_start"] <= len(chroma) - t["chroma_frames"]):
-                raise UserError(f"{folder}: {t['file']} lies outside its shard; prepare the folder again")
+        for key in ("n_q", "card", "stride", "sample_rate", "channels", "n_chroma", "radix2_exp"):
+            if index.get(key) != getattr(config, key):
+                raise UserError(f"{folder}: prepared with {key} = {index.get(key)}, the configuration says "
+                                f"{getattr(config, key)}; prepare it again, or train with what it has")
+        try:
+            self.shards = [(memmap(folder / f"codes.{n:05d}.u16", np.uint16).reshape(-1, config.n_q),
+                            memmap(folder / f"chroma.{n:05d}.u8", np.uint8)) for n in range(index["shards"])]
+            kept = set(part([t["file"] for t in index["tracks"]]))
+            tracks = [t for t in index["tracks"] if t["file"] in kept]
+            for t in tracks:
+                codes, chroma = self.shards[t["shard"]]
+                assert 0 <= t["codes_start"] <= len(codes) - t["frames"], t["file"]
+                assert 0 <= t["chroma_start"] <= len(chroma) - t["chroma_frames"], t["file"]
+            self.tracks = [t for t in tracks if t["frames"] >= self.T and t["weight"] > 0]
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
+            raise UserError(f"{folder}: index and shards do not fit ({error!r}); prepare it again") from None
         if len(self.tracks) < len(tracks) and is_main():
-            print(f"{folder}: {len(tracks) - len(self.tracks)} of {len(tracks)} tracks are shorter than "
-                  f"segment_duration = {config.segment_duration} s (or have weight 0) and are left out", file=sys.stderr)
+            print(f"{folder}: {len(tracks) - len(self.tracks)} of {len(tracks)} tracks are left out: shorter than "
+                  f"segment_duration = {config.segment_duration} s, or of weight 0", file=sys.stderr)
         if split == "train" and not self.tracks:
-            raise UserError(f"{folder}: no track is as long as segment_duration = {config.segment_duration} s; lower it")
-        weights = np.array([t["frames"] * float(t.get("weight", 1)) for t in self.tracks])
-        self.cumulative = np.cumsum(weights) / max(1e-9, weights.sum())
+            raise UserError(f"{folder}: no track has segment_duration = {config.segment_duration} s; lower it")
+        self.weights = [t["frames"] * t["weight"] for t in self.tracks]
 
     def __len__(self):
         return len(self.tracks)
 
     def item(self, rng, train: bool) -> dict:
-        """One segment: codes (K, T), text, chroma (M, Q), has_melody. Dropouts and augmentation only in training."""
-        config, n = self.config, min(int(np.searchsorted(self.cumulative, rng.random(), "right")), len(self) - 1)
-        track, places = self.tracks[n], (self.tracks[n]["frames"] - self.T) * config.stride // self.grid + 1
+        """A random segment; in training with its conditions augmented and dropped at random."""
+        track = self.tracks[pick(self.weights, rng)]
+        places = (track["frames"] - self.T) * self.config.stride // self.grid + 1
         return self.segment(track, int(rng.integers(places)) * self.grid, rng if train else None)
 
     def segment(self, track: dict, start: int, rng=None) -> dict:
-        """The segment that begins at sample `start` of the track; with rng its conditions are augmented, dropped."""
-        from conditioners import augment_description, drop_conditions, word_dropout
-        config, meta, M = self.config, track["meta"], self.config.chroma_frames
-        codes, classes = self.shards[track["shard"]]
-        first = track["codes_start"] + start // config.stride
-        codes = torch.from_numpy(codes[first:first + self.T].T.astype(np.int64))                # (K, T)
-        has_melody = track["chroma_frames"] > 0 and config.melody != "none"
-        chroma = torch.zeros(M, config.n_chroma)
-        if has_melody:
-            begin = track["chroma_start"]
-            places = np.minimum(start // self.hop + np.arange(M), track["chroma_frames"] - 1)
-            chroma[torch.arange(M), torch.from_numpy(classes[begin:][places].astype(np.int64))] = 1.0
-        text = meta.get("description")
+        """Codes (K, T), text, chroma (M, Q) and has_melody of a track from sample `start` on."""
+        config, where = self.config, f"{track['file']} at {start / self.config.sample_rate:.3f} s"
+        all_codes, all_chroma = self.shards[track["shard"]]
+        codes = all_codes[track["codes_start"] + start // config.stride:][:self.T].T.astype(np.int64)
+        if codes.max() >= config.card:
+            raise UserError(f"{where}: has codes beyond card = {config.card}; the shard is damaged, prepare it again")
+        chroma, frames = torch.zeros(config.chroma_frames, config.n_chroma), track["chroma_frames"]
+        has_melody, text = frames > 0 and config.melody != "none", track["meta"].get("description")
+        if has_melody:  # repeats from the track's start should it end first, as in sampling
+            places = track["chroma_start"] + (start // self.hop + np.arange(len(chroma))) % frames
+            chroma[torch.arange(len(chroma)), torch.from_numpy(all_chroma[places].astype(np.int64))] = 1.0
         if rng is not None:
-            text = word_dropout(augment_description(meta, config, rng), config.word_dropout, rng)
+            text = word_dropout(augment_description(track["meta"], config, rng), config.word_dropout, rng)
             text, has_melody = drop_conditions(text, has_melody, config, rng)
-        return {"codes": codes, "text": text, "chroma": chroma, "has_melody": torch.tensor(has_melody),
-                "where": f"{track['file']} at {start / config.sample_rate:.3f} s"}
+        return {"codes": torch.from_numpy(codes), "text": text, "chroma": chroma,
+                "has_melody": torch.tensor(has_melody), "where": where}
 
 
 def memmap(path, dtype):
-    """A file as an array that is read from disk where it is touched. Raises UserError naming it."""
-    try:
-        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); prepare the folder again") from None
+    """A file as an array that is read from the disk where it is touched."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 def get_batch(data, config: Config, update: int, micro: int = 0, split: str = "train") -> dict:
-    """This process' share of a micro-batch: the items of `data` as lists, tensors stacked.
-
-    Item i of update u is drawn from (seed, u, i), i counted over the joint batch of all processes.
-    """
-    size = config.batch_size // (config.grad_accum * world())
-    first = (micro * world() + rank()) * size
+    """This process' share of a micro-batch. Item i of update u is drawn from (seed, u, i), i over all processes."""
+    size = config.batch_size // (config.grad_accum * process_count())
+    first = (micro * process_count() + rank()) * size
     return collate([data.item(np.random.default_rng([config.seed, SPLITS.index(split), update, first + j]),
                               split == "train") for j in range(size)])
 
@@ -421,7 +439,6 @@ class Prefetcher:
 
 # === what is trained: two classes with the same methods =========================================================
 
-
 class CodecTraining:
     """The codec, its losses and, when adv or feat is wanted, its discriminator."""
 
@@ -434,8 +451,8 @@ class CodecTraining:
         if config.init_from:
             self.module.load_state_dict(EncodecModel.from_pretrained(config.init_from).state_dict())
         self.module.to(device)
-        self.weights = {name: getattr(config, name) for name in ("l1", "msspec", "sc", "adv", "feat")}
-        self.weights = {name: weight for name, weight in self.weights.items() if weight}
+        weights = {name: getattr(config, name) for name in ("l1", "msspec", "sc", "adv", "feat")}
+        self.weights = {name: weight for name, weight in weights.items() if weight}
         self.extra = nn.ModuleDict({"balancer": Balancer(self.weights, config.balancer_decay)}).to(device)
         self.adversarial = bool(config.adv or config.feat)
         if self.adversarial:
@@ -454,14 +471,6 @@ class CodecTraining:
         self.forward = wrap(self.module, self.config)
         if self.adversarial:
             self.discriminate = wrap(self.extra["discriminator"], self.config)
-
-    def optimizers(self) -> list:
-        optimizers = build_optimizers(self.module, self.config)
-        if self.adversarial:
-            lr = self.config.lr if self.config.optim == "adamw" else 3e-4  # Adam's, as the paper's
-            optimizers.append(torch.optim.AdamW(self.extra["discriminator"].parameters(), lr, (0.5, 0.9), weight_decay=0))
-            optimizers[-1].param_groups[0]["base_lr"] = lr
-        return optimizers
 
     def loss(self, batch: dict, update: int):
         """A batch -> (what to call backward on, {name: number to log})."""
@@ -499,10 +508,8 @@ class CodecTraining:
             agree = (chroma_of(config, wav).argmax(-1) == chroma_of(config, output).argmax(-1)).float().mean()
             sums += torch.stack([si_snr(wav, output).mean(), mel_loss(config, wav, output), agree, sums.new_ones(())])
             used = used + usage_counts(codes, config.card)
-        if world() > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(used)
-        si, mel, agree, n = sums.tolist()
+        si, mel, agree, n = over_processes(sums).tolist()
+        used = over_processes(used)
         # live: by the codebooks' own long average; a validation of fewer frames than entries cannot meet them all
         counts = torch.stack([book.cluster_size for book in self.module.quantizer.codebooks])
         live = (counts > 0.01 * counts.mean(1, keepdim=True)).float().mean(1).tolist()
@@ -518,9 +525,6 @@ class CodecTraining:
             write_audio(out / "samples" / f"{n}_original.wav", wav, config.sample_rate)
             write_audio(out / "samples" / f"{n}_update{update:07d}.wav", output, config.sample_rate)
         return {}
-
-    def tokens(self, batch) -> int:
-        return batch["wav"].shape[0] * batch["wav"].shape[2] // self.config.stride * self.config.n_q
 
 
 class LMLoss(nn.Module):
@@ -538,7 +542,6 @@ class LMTraining:
     """The language model on prepared tokens."""
 
     def __init__(self, config: Config, device):
-        from lm import LMModel
         self.config, self.device = config, device
         self.train_data, self.valid_data = (TokenSegments(config, split) for split in ("train", "valid"))
         self.codec = EncodecModel.from_pretrained(config.codec)  # to listen to; stays on the CPU until then
@@ -559,15 +562,12 @@ class LMTraining:
                 layer.compile()
         self.forward = wrap(LMLoss(self.module), self.config, self.module.layers)
 
-    def optimizers(self) -> list:
-        return build_optimizers(self.module, self.config)
-
     def loss(self, batch: dict, update: int):
         """A batch -> (cross-entropy to call backward on, {name: number to log})."""
-        def there(x):
-            return x.to(self.device, non_blocking=True)
+        codes, chroma, has_melody = (batch[key].to(self.device, non_blocking=True)
+                                     for key in ("codes", "chroma", "has_melody"))
         with autocast(self.device, self.config.dtype):
-            loss, ce = self.forward(there(batch["codes"]), batch["text"], there(batch["chroma"]), there(batch["has_melody"]))
+            loss, ce = self.forward(codes, batch["text"], chroma, has_melody)
         return loss, {"loss": loss.detach(), **{f"ce_{k + 1}": x for k, x in enumerate(ce)}}
 
     @torch.no_grad()
@@ -577,14 +577,11 @@ class LMTraining:
         for n in range(self.config.valid_batches):
             logged = self.loss(get_batch(self.valid_data, self.config, n, split="valid"), 0)[1]
             sums = sums + torch.stack(list(logged.values()))
-        if world() > 1:
-            dist.all_reduce(sums)
-        means = (sums / (self.config.valid_batches * world())).tolist()
+        means = (over_processes(sums) / (self.config.valid_batches * process_count())).tolist()
         return with_perplexity(dict(zip(logged, means)))
 
     def samples(self, out: Path, update: int) -> dict:
         """Music by the model in `out` for the texts of four held-out segments, each with the melody of another."""
-        from sample import MusicGen
         model = MusicGen.from_pretrained(out, str(self.device))
         items = [self.valid_data.segment(track, 0) for track in spread(self.valid_data.tracks, 4)]
         codes, chroma = generate_for(model, items, range(len(items)))
@@ -598,9 +595,6 @@ class LMTraining:
         cosine, agreement = compare_chroma(self.config, wavs, chroma)
         return {"chroma_cosine": cosine.mean().item(), "chroma_agreement": agreement.mean().item()}
 
-    def tokens(self, batch) -> int:
-        return batch["codes"].numel()
-
 
 def si_snr(wav, output):
     """Scale-invariant signal-to-noise ratio in dB (arXiv 1811.02508): (B, C, L) twice -> (B,)"""
@@ -610,12 +604,12 @@ def si_snr(wav, output):
 
 
 def with_perplexity(logged: dict) -> dict:
-    return logged | {f"ppl_{name[3:]}": math.exp(min(50.0, value)) for name, value in logged.items() if name[:3] == "ce_"}
+    """Adds ppl_k = exp(ce_k)."""
+    return logged | {f"ppl_{name[3:]}": math.exp(min(50.0, ce)) for name, ce in logged.items() if name[:3] == "ce_"}
 
 
 def chroma_of(config: Config, wavs):
     """Waves (B, C, L) -> chroma (B, M, Q) as it is heard, not reduced to one pitch class a frame."""
-    from chroma import ChromaExtractor
     extract = ChromaExtractor(config.sample_rate, config.n_chroma, config.radix2_exp, argmax=False)
     return extract.to(wavs.device)(wavs)
 
@@ -623,7 +617,6 @@ def chroma_of(config: Config, wavs):
 def compare_chroma(config: Config, wavs, asked):
     """Waves (B, C, L) against the melodies asked for, one-hot chroma (B, M, Q): cosine similarity, and the share of
     frames whose strongest pitch class is the one asked for, each (B,). The waves go through the same separation."""
-    from chroma import separate
     stems = torch.stack([separate(wav.cpu(), config.sample_rate, config.stem) for wav in wavs])
     heard = chroma_of(config, stems)
     M = min(heard.shape[1], asked.shape[1])
@@ -639,7 +632,7 @@ def usage_counts(codes, card: int):
 
 def codebook_use(config: Config, used) -> dict:
     """Counts (K, V) -> entropy (bits) and perplexity per codebook; nominal bitrate, and what the entropy allows."""
-    share = used.double() / used.sum(1, keepdim=True)
+    share = used.cpu().double() / used.sum(1, keepdim=True).cpu()
     entropy = -(share * share.clamp(min=1e-12).log2()).sum(1)
     rate = config.sample_rate / config.stride / 1000
     return {"entropy": entropy.tolist(), "perplexity": (2 ** entropy).tolist(),
@@ -648,17 +641,19 @@ def codebook_use(config: Config, used) -> dict:
 
 # === processes, precision ========================================================================================
 
-
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_rank() if process_count() > 1 else 0
 
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def over_processes(tensor, how=dist.ReduceOp.SUM):
+    """The sum (or other combination) of a tensor over all processes, in place."""
+    if process_count() > 1:
+        dist.all_reduce(tensor, how)
+    return tensor
 
 
 def autocast(device, dtype: str):
@@ -673,7 +668,7 @@ def wrap(module, config: Config, layers=()):
         for layer in layers:  # each is gathered when it is its turn
             fully_shard(layer)
         return fully_shard(module)
-    if world() == 1:
+    if process_count() == 1:
         return module
     from torch.nn.parallel import DistributedDataParallel
     # the codebooks keep their buffers equal by themselves
@@ -708,14 +703,23 @@ def like(tensor, reference):
 # reads; model.safetensors has the averaged weights alone, which is what everything else reads.
 
 
-def save_state(path: Path, task, optimizers, ema, scaler, update: int):
-    """All that the next update depends on, gathered, into one file."""
-    names = {p: name for module in (task.module, task.extra) for name, p in module.named_parameters()}
+def everything(task, optimizers, ema) -> dict:
+    """Name -> tensor of all that the next update depends on, but for what optimizers keep per weight."""
     tensors = {f"model.{name}": t for name, t in task.module.state_dict().items()}
     tensors |= {f"extra.{name}": t for name, t in task.extra.state_dict().items()}
     tensors |= {f"ema.{name}": t for name, t in ema.average.items()}
+    group = optimizers[0].param_groups[0]
+    return tensors | {f"optim.{key}": group[key] for key in ("d", "r") if key in group}
+
+
+def named_weights(task) -> dict:
+    return {name: p for module in (task.module, task.extra) for name, p in module.named_parameters()}
+
+
+def save_state(path: Path, task, optimizers, ema, scaler, update: int):
+    """Writes it all, gathered from all processes, into one file."""
+    tensors, names = everything(task, optimizers, ema), {p: name for name, p in named_weights(task).items()}
     for optimizer in optimizers:
-        tensors |= {f"optim.{key}": group[key] for group in optimizer.param_groups for key in ("d", "r") if key in group}
         tensors |= {f"optim.{names[p]}.{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
     tensors = {name: full(t).detach().cpu().clone() for name, t in tensors.items()}
     if is_main():
@@ -724,28 +728,18 @@ def save_state(path: Path, task, optimizers, ema, scaler, update: int):
 
 
 def load_state(path: Path, task, optimizers, ema, scaler) -> int:
-    """The opposite of save_state -> the update to go on with. Raises UserError when the file does not fit."""
-    from safetensors import SafetensorError, safe_open
-    params = {name: p for module in (task.module, task.extra) for name, p in module.named_parameters()}
+    """Reads what save_state wrote -> the update to go on with. Raises UserError when the file does not fit."""
+    own, weights = everything(task, optimizers, ema), named_weights(task)
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    own = {f"model.{name}": t for name, t in task.module.state_dict().items()}
-    own |= {f"extra.{name}": t for name, t in task.extra.state_dict().items()}
-    own |= {f"ema.{name}": t for name, t in ema.average.items()}
-    own |= {f"optim.{key}": optimizers[0].param_groups[0][key] for key in ("d", "r") if key in optimizers[0].param_groups[0]}
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
-            missing = own.keys() - set(file.keys())
-            if missing:
-                raise UserError(f"{path}: has no {min(missing)}; it belongs to another configuration")
-            for name in file.keys():
-                tensor = file.get_tensor(name)
-                if name in own:
-                    own[name].copy_(like(tensor, own[name]))
-                else:
-                    weight, key = name.removeprefix("optim.").rsplit(".", 1)
-                    owner[params[weight]].state[params[weight]][key] = like(tensor, params[weight])
+            for name, tensor in own.items():
+                tensor.copy_(like(file.get_tensor(name), tensor))
+            for name in file.keys() - own.keys():
+                p = weights[name.removeprefix("optim.").rpartition(".")[0]]
+                owner[p].state[p][name.rpartition(".")[2]] = like(file.get_tensor(name), p)
             info = json.loads(file.metadata()["info"])
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or of another configuration ({str(error)[:200]})") from None
     ema.count = info["ema_count"]
     scaler.load_state_dict(info["scaler"])
@@ -755,13 +749,12 @@ def load_state(path: Path, task, optimizers, ema, scaler) -> int:
 def export(out: Path, task, ema):
     """model.safetensors: the averaged weights under the names that from_pretrained reads, adapters merged."""
     tensors = {name: full(ema.average.get(name, t)).detach().cpu() for name, t in task.module.state_dict().items()}
-    tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)  # the same as shared.weight
+    tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)  # is shared.weight
     if is_main():
         write_tensors(out / "model.safetensors", merge_lora(tensors, task.config))
 
 
 # === the loop ====================================================================================================
-
 
 def train(config: Config, resume: bool = False, interrupted=()):
     """Trains until total_updates, writing to out_dir. `interrupted` turns true when the run is to stop early.
@@ -773,35 +766,37 @@ def train(config: Config, resume: bool = False, interrupted=()):
     task = (CodecTraining if config.task == "codec" else LMTraining)(config, device)
     task.prepare(0)
     task.parallel()
-    ema, optimizers = EMA(task.module, config.ema_decay), task.optimizers()
+    ema, optimizers = EMA(task.module, config.ema_decay), build_optimizers(task.module, task.extra, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     first = open_run(out, task, resume, lambda: load_state(out / "state.safetensors", task, optimizers, ema, scaler))
     if first > task.decoder_only_from:
         task.prepare(first)
         task.parallel()
-    log = Log(out, first, total)
+    log = Log(out, config, first)
     batches = Prefetcher(lambda u: [get_batch(task.train_data, config, u, m) for m in range(config.grad_accum)], total)
 
     for update in range(first, total):
         # 1. segments of music from the files: codes (B, K, T), texts, chroma (B, M, Q)  [codec: wav (B, C, L)]
         micro_batches = batches(update)
-        torch.manual_seed(config.seed * 1_000_003 + update * world() + rank())  # of the dropouts inside the network
+        torch.manual_seed(config.seed * 1_000_003 + update * process_count() + rank())  # of the dropouts inside the network
         if update == task.decoder_only_from:  # the decoder is tuned on the codes of the averaged encoder
             ema.copy_to_module()
         task.prepare(update)
         if update == task.decoder_only_from:
             task.parallel()
+        watched = 0.0
         for micro, batch in enumerate(micro_batches):
             with last_only(task.forward, micro + 1 == len(micro_batches)):
                 # 2. - 6. conditions, pattern, transformer, cross-entropy: LMModel.loss  [CodecTraining.loss]
                 loss, logged = task.loss(batch, update)
                 # 7. gradients, averaged over micro-batches and processes; clipped; the update; the average
                 scaler.scale(loss / len(micro_batches)).backward()
-            log.add(logged, task.tokens(batch))
+            log.add(logged)
+            watched = watched + sum(logged.values())
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = full(nn.utils.clip_grad_norm_(task.module.parameters(), config.max_norm or math.inf))
-        stop = check(update, norm, logged, scaler, micro_batches, task.module, out, interrupted)
+        stop = check(update, watched, norm, scaler, micro_batches, task.module, out, interrupted)
         factor = cosine_lr(update, total, config.warmup, config.lr_min_ratio, config.cycle_length)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -843,12 +838,12 @@ def start_processes(config: Config) -> torch.device:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     if config.sharding == "fsdp" and not dist.is_initialized():
-        raise UserError("sharding = 'fsdp' splits weights between processes: start with torchrun, or set sharding = 'ddp'")
+        raise UserError("sharding = 'fsdp' splits weights between processes: start it with torchrun")
     if config.sharding == "fsdp" and config.optim == "muon":
-        raise UserError("optim = 'muon' needs whole matrices and cannot work with sharding = 'fsdp'; change one of them")
-    if config.batch_size % (config.grad_accum * world()):
-        raise UserError(f"batch_size = {config.batch_size} must be a multiple of grad_accum = {config.grad_accum} times "
-                        f"the number of processes, {world()}")
+        raise UserError("optim = 'muon' needs whole matrices, sharding = 'fsdp' splits them; change one of the two")
+    if config.batch_size % (config.grad_accum * process_count()):
+        raise UserError(f"batch_size = {config.batch_size} must be a multiple of grad_accum = {config.grad_accum} "
+                        f"times the number of processes, {process_count()}")
     return device
 
 
@@ -873,7 +868,7 @@ def open_run(out: Path, task, resume: bool, load) -> int:
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] <= first]
         write_atomic(metrics, "".join(line + "\n" for line in kept).encode())
-    if world() > 1:
+    if process_count() > 1:
         dist.barrier()
     return first
 
@@ -882,38 +877,35 @@ def every(update: int, period: int) -> bool:
     return period > 0 and update % period == 0
 
 
-def check(update, norm, logged, scaler, micro_batches, module, out, interrupted) -> bool:
+def check(update, watched, norm, scaler, micro_batches, module, out, interrupted) -> bool:
     """Whether the run was asked to stop, by any process. Raises UserError when a loss or gradient is not finite.
 
     With a gradient scaler infinite gradients are routine (it skips the update and scales less), until its scale
     is down to 1. This is the one place of an update where the host waits for the device.
     """
-    flags = torch.stack([~torch.isfinite(sum(logged.values())), ~torch.isfinite(norm)]).float()
-    flags = torch.cat([flags, flags.new_tensor([bool(interrupted)])])
-    if world() > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    flags = torch.stack([~torch.isfinite(watched), ~torch.isfinite(norm)]).float()
+    flags = over_processes(torch.cat([flags, flags.new_tensor([bool(interrupted)])]), dist.ReduceOp.MAX)
     bad_loss, bad_norm, stop = (bool(flag) for flag in flags.tolist())
     if not bad_loss and not (bad_norm and scaler.get_scale() <= 1):
         return stop
     where = [place for batch in micro_batches for place in batch["where"]]
     bad = [name for name, p in module.named_parameters() if p.grad is not None and not full(p.grad).isfinite().all()]
     path = out / "diagnosis" / f"update{update:07d}_process{rank()}.safetensors"
+    told = {"update": update, "where": where, "text": [b.get("text") for b in micro_batches], "not_finite": bad}
     write_tensors(path, {f"{n}.{key}": value for n, batch in enumerate(micro_batches) for key, value in batch.items()
-                         if torch.is_tensor(value)},
-                  {"info": json.dumps({"update": update, "where": where, "text": [b.get("text") for b in micro_batches],
-                                       "logged": {key: str(float(x)) for key, x in logged.items()},
-                                       "gradients_not_finite": bad})})
-    raise UserError(f"update {update}: the {'loss' if bad_loss else 'gradient'} is not finite, training stops. Its batch ("
-                    f"{where[0]}, ...) is in {path}; the last checkpoint is untouched, and --resume leads here again: "
-                    f"lower lr or max_norm, or train in bfloat16 or float32")
+                         if torch.is_tensor(value)}, {"info": json.dumps(told)})
+    raise UserError(f"update {update}: the {'loss' if bad_loss else 'gradient'} is not finite, training stops. Its "
+                    f"batch ({where[0]}, ...) is in {path}; the last checkpoint is untouched, and --resume leads "
+                    f"here again: lower lr or max_norm, or train in bfloat16 or float32")
 
 
 class Log:
     """Running averages -> metrics.jsonl, TensorBoard where it is installed, and the progress bar."""
 
-    def __init__(self, out: Path, first: int, total: int):
-        self.path, self.sums, self.start, self.tokens, self.board = out / "metrics.jsonl", {}, time.perf_counter(), 0, None
-        self.since, self.bar = self.start, tqdm(total=total, initial=first, disable=None if is_main() else True)
+    def __init__(self, out: Path, config: Config, first: int):
+        self.path, self.sums, self.board, self.start = out / "metrics.jsonl", {}, None, time.perf_counter()
+        self.tokens, self.since, self.last = config.batch_size * config.n_q * config.segment_frames, self.start, first
+        self.bar = tqdm(total=config.total_updates, initial=first, disable=None if is_main() else True)
         if is_main():
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -921,24 +913,23 @@ class Log:
             except ImportError:
                 pass
 
-    def add(self, logged: dict, tokens: int = 0):
+    def add(self, logged: dict):
         """Numbers of one micro-batch, still on the device."""
         for name, value in logged.items():
             total, n = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value.detach().float(), n + 1)
-        self.tokens += tokens * world()
 
     def train_line(self, update: int, group: dict, batches: Prefetcher):
         """The averages since the last such line, over all processes."""
-        means = torch.stack([total / n for total, n in self.sums.values()])
-        if world() > 1:
-            dist.all_reduce(means)
-        line = with_perplexity(dict(zip(self.sums, (means / world()).tolist())))
+        means = over_processes(torch.stack([total / n for total, n in self.sums.values()]))
+        line = with_perplexity(dict(zip(self.sums, (means / process_count()).tolist())))
         now = time.perf_counter()
-        line |= {"lr": group["lr"]} | ({"d_lr": float(group["d"]) * group["lr"]} if "d" in group else {})
-        line |= {"tokens_per_s": self.tokens / (now - self.since), "data_wait": batches.waited / (now - self.since),
-                 "memory_gb": memory_gb(), "seconds": now - self.start}
-        self.sums, self.tokens, self.since, batches.waited = {}, 0, now, 0.0
+        line["lr"] = group["lr"]
+        if "d" in group:
+            line["d_lr"] = float(group["d"]) * group["lr"]  # the step size in effect
+        line |= {"tokens_per_s": self.tokens * (update - self.last) / (now - self.since), "memory_gb": memory_gb(),
+                 "data_wait": batches.waited / (now - self.since), "seconds": now - self.start}
+        self.sums, self.since, self.last, batches.waited = {}, now, update, 0.0
         self.bar.update(update - self.bar.n)
         self.line({"update": update, "split": "train", **line})
 
@@ -984,10 +975,10 @@ def memory_gb() -> float:
 
 # === fine-tuning: from a checkpoint, all weights or low-rank adapters =============================================
 
-ARCHITECTURE = """channels sample_rate codec n_filters ratios dimension lstm n_residual_layers kernel_size last_kernel_size
-    residual_kernel_size dilation_base compress causal pad_mode true_skip norm n_q card melody n_chroma radix2_exp argmax
-    chroma_length null_melody text t5 t5_finetune t5_dim t5_layers t5_heads dim num_heads num_layers hidden_scale
-    positional_embedding max_period qk_layer_norm pattern delays""".split()
+ARCHITECTURE = """channels sample_rate codec n_filters ratios dimension lstm n_residual_layers kernel_size
+    last_kernel_size residual_kernel_size dilation_base compress causal pad_mode true_skip norm n_q card melody n_chroma
+    radix2_exp argmax chroma_length null_melody text t5 t5_finetune t5_dim t5_layers t5_heads dim num_heads num_layers
+    hidden_scale positional_embedding max_period qk_layer_norm pattern delays""".split()
 
 
 def adopt(config: Config) -> Config:
@@ -995,7 +986,6 @@ def adopt(config: Config) -> Config:
     if config.task == "codec":
         theirs = EncodecModel.from_pretrained(config.init_from).config
     else:
-        from lm import read_config
         directory = open_checkpoint(config.init_from)
         theirs = read_config(directory)[0]
         if (directory / "codec").is_dir():
@@ -1004,7 +994,7 @@ def adopt(config: Config) -> Config:
 
 
 class LoRA(nn.Module):
-    """W -> W + alpha / rank * up @ down (arXiv 2106.09685, section 4.1). up starts at zero: nothing changes at first."""
+    """W -> W + alpha / rank * up @ down (arXiv 2106.09685, section 4.1). up starts at zero: no change at first."""
 
     def __init__(self, weight, rank: int, alpha: float):
         super().__init__()
@@ -1021,58 +1011,51 @@ def add_lora(lm, config: Config):
     lm.requires_grad_(False)
     for layer in lm.layers:
         for module in [m for m in layer.modules() if isinstance(m, nn.Linear)]:
-            parametrize.register_parametrization(module, "weight", LoRA(module.weight, config.lora_rank, config.lora_alpha))
+            adapter = LoRA(module.weight, config.lora_rank, config.lora_alpha)
+            parametrize.register_parametrization(module, "weight", adapter)
 
 
 def merge_lora(tensors: dict, config: Config) -> dict:
     """Weights with adapters -> weights as if they had been trained whole."""
-    end = ".parametrizations.weight.original"
-    for name in [name for name in tensors if name.endswith(end)]:
-        up, down = (tensors.pop(f"{name.removesuffix('original')}0.{key}") for key in ("up", "down"))
-        tensors[name.removesuffix(end) + ".weight"] = tensors.pop(name) + config.lora_alpha / config.lora_rank * up @ down
+    inside = ".parametrizations.weight."
+    for name in [name.removesuffix(inside + "original") for name in tensors if name.endswith(inside + "original")]:
+        weight, up, down = (tensors.pop(name + inside + part) for part in ("original", "0.up", "0.down"))
+        tensors[f"{name}.weight"] = weight + config.lora_alpha / config.lora_rank * up @ down
     return tensors
 
 
 # === --plan: sizes before the run ==================================================================================
 
-
 def plan(config: Config, processes: int = 1, device_bytes: float | None = None) -> dict:
     """Prints and returns what a run will need, without allocating the model. Bytes are per process."""
     with torch.device("meta"):
-        if config.task == "codec":
-            module = EncodecModel(config)
-        else:
-            from lm import LMModel
-            module = LMModel(config)
-            if config.lora_rank:
-                add_lora(module, config)
+        module = EncodecModel(config) if config.task == "codec" else LMModel(config)
+        if config.lora_rank and config.task == "lm":
+            add_lora(module, config)
     params = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    states = {"dadam": 3, "adamw": 2, "muon": 2}[config.optim]      # m, v, s; m, v; muon: at most
+    states = {"dadam": 3, "adamw": 2, "muon": 2}[config.optim]      # m, v, s; m, v; at most that
     shards, items = processes if config.sharding == "fsdp" else 1, config.batch_size // (processes * config.grad_accum)
-    T = round(config.segment_duration * config.sample_rate / config.stride)
-    figures = {"parameters": params, "trained": trained, "weights": 4 * params / shards, "gradients": 4 * trained / shards,
+    figures = {"weights": 4 * params / shards, "gradients": 4 * trained / shards,
                "optimizer": 4 * states * trained / shards, "ema": 4 * trained / shards,
-               "activations": items * activation_bytes(config, T),
-               "tokens_per_update": config.batch_size * config.n_q * T, "updates_per_epoch": config.updates_per_epoch,
-               "total_updates": config.total_updates}
-    memory = sum(figures[key] for key in ("weights", "gradients", "optimizer", "ema", "activations"))
-    figures["bytes"] = memory
-    print(f"{config.task}: {params / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained"
-          f"{'' if config.task == 'codec' or module.conditioner.text is None or module.conditioner.text.trained else ' (and a frozen T5)'}")
+               "activations": items * activation_bytes(config)}
+    memory, tokens = sum(figures.values()), config.batch_size * config.n_q * config.segment_frames
+    text = config.task == "lm" and module.conditioner.text
+    print(f"{config.task}: {params / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained"
+          f"{f'; {config.t5}, frozen, not counted' if text and not text.trained else ''}")
     print(f"per process ({processes} of them, {config.sharding}, {config.dtype}, {items} items a micro-batch):")
-    for key in ("weights", "gradients", "optimizer", "ema", "activations", "bytes"):
-        print(f"  {key if key != 'bytes' else 'together':12} {figures[key] / 1e9:9.2f} GB{' (estimate)' * (key == 'activations')}")
-    print(f"{figures['tokens_per_update']:,} tokens an update ({config.batch_size} x {config.n_q} codebooks x {T} frames), "
-          f"{config.updates_per_epoch:,} updates an epoch, {config.total_updates:,} in all")
+    for key, value in {**figures, "together": memory}.items():
+        print(f"  {key:12} {value / 1e9:9.2f} GB{' (estimate)' * (key == 'activations')}")
+    print(f"{tokens:,} tokens an update ({config.batch_size} x {config.n_q} codebooks x {config.segment_frames} "
+          f"frames), {config.updates_per_epoch:,} updates an epoch, {config.total_updates:,} in all")
     if device_bytes:
-        print(f"the device has {device_bytes / 1e9:.1f} GB: " + (
-            "it fits" if memory < 0.9 * device_bytes else
-            "it does NOT fit; smaller batch_size, more grad_accum, checkpointing, sharding = 'fsdp' or lora_rank help"))
-    return figures
+        verdict = "it fits" if memory < 0.9 * device_bytes else (
+            "it does NOT fit; smaller batch_size, more grad_accum, checkpointing, sharding = 'fsdp' or lora_rank help")
+        print(f"the device has {device_bytes / 1e9:.1f} GB: {verdict}")
+    return {"parameters": params, "trained": trained, **figures, "together": memory, "tokens_per_update": tokens}
 
 
-def activation_bytes(config: Config, T: int) -> float:
+def activation_bytes(config: Config) -> float:
     """What one item keeps for the backward pass, roughly.
 
     A layer keeps per position, in widths D: the input and both norms' inputs and outputs (4 in float32), and in the
@@ -1080,6 +1063,7 @@ def activation_bytes(config: Config, T: int) -> float:
     and after GELU (5 + 2 hidden_scale). With checkpointing only each layer's input, and one layer in full. The heads:
     logits, their copy in frames, softmax and gradient, 4 x K x V in float32.
     """
+    T = config.segment_frames
     if config.task == "codec":  # each stage keeps about ten arrays of its output's size; all stages are of like size
         return 4 * 10 * (len(config.ratios) + 1) * 2 * config.n_filters * T * config.stride
     S = T + config.n_q + (config.chroma_frames if config.melody == "prepend" else 0) + 64 * (config.text == "prepend")
@@ -1090,7 +1074,6 @@ def activation_bytes(config: Config, T: int) -> float:
 
 
 # === --eval: how good is it ========================================================================================
-
 
 def evaluate(config: Config, split: str) -> dict:
     """Measures the model in out_dir on a split; prints the figures and writes them to out_dir/eval_SPLIT.json."""
@@ -1108,7 +1091,6 @@ def evaluate(config: Config, split: str) -> dict:
 def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
     """Chroma agreement of reconstructions with originals (by instrument, where sidecars tell), SI-SNR, mel distance,
     use of the codebooks; on the first 10 s of up to n_eval_wavs files."""
-    from chroma import separate
     codec, data = EncodecModel.from_pretrained(str(out)).to(device), AudioCrops(config, split)
     told = [path for path in data.paths if path.with_suffix(".json").exists()] or data.paths
     rows, used, by_instrument = [], 0, {}
@@ -1122,7 +1104,8 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
         rows.append((agreement, si_snr(wav, back).item(), mel_loss(codec.config, wav, back).item()))
         used = used + usage_counts(codes, config.card)
         if path.with_suffix(".json").exists():
-            by_instrument.setdefault(str(read_json(path.with_suffix(".json")).get("instrument")), []).append(agreement)
+            name = str(read_json(path.with_suffix(".json")).get("instrument"))
+            by_instrument.setdefault(name, []).append(agreement)
     if not rows:
         raise UserError(f"{config.data_dir}: has no {split} files to measure on")
     agreement, si, mel = np.mean(rows, axis=0).tolist()
@@ -1134,11 +1117,10 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
 def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
     """Perplexity of held-out segments; then one sample for the text of each with the melody of another track: its
     chroma against that melody (and, shuffled, against a third), and the Frechet distance to the segments."""
-    from sample import MusicGen
     model, data = MusicGen.from_pretrained(str(out), config.device), TokenSegments(config, split)
     items = [data.segment(track, 0) for track in spread(data.tracks, config.n_eval_wavs)]
     if len(items) < 3:
-        raise UserError(f"{config.data_dir}: {split} has {len(items)} tracks of segment_duration, measuring takes three")
+        raise UserError(f"{config.data_dir}: {split} has {len(items)} tracks of segment_duration; it takes three")
     ces, made, rows, size = [], [], [], min(8, config.batch_size)
     for first in tqdm(range(0, len(items), size), disable=None, unit="batch"):
         numbers = range(first, min(first + size, len(items)))
@@ -1150,8 +1132,9 @@ def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
         codes, chroma = generate_for(model, items, numbers)
         made.append(codes)
         if config.melody != "none":
-            wavs, others = model.decode(codes), torch.stack([items[(n + 2) % len(items)]["chroma"] for n in numbers])
-            rows.append(torch.stack([*compare_chroma(config, wavs, chroma), compare_chroma(config, wavs, others)[1]], 1))
+            wavs, others = model.decode(codes), [items[(n + 2) % len(items)]["chroma"] for n in numbers]
+            shuffled = compare_chroma(config, wavs, torch.stack(others))[1]
+            rows.append(torch.stack([*compare_chroma(config, wavs, chroma), shuffled], 1))
     figures = with_perplexity({f"ce_{k + 1}": x for k, x in enumerate(torch.stack(ces).mean(0).tolist())})
     if rows:
         names = ("chroma_cosine", "chroma_agreement", "chroma_agreement_shuffled")
@@ -1171,7 +1154,7 @@ def generate_for(model, items: list[dict], numbers):
     """Codes (B, K, T) for the texts of these items, each with the melody of the item after it, never its own;
     and those melodies' chroma (B, M, Q)."""
     chroma = torch.stack([items[(n + 1) % len(items)]["chroma"] for n in numbers])
-    melodies = list(chroma) if model.config.melody != "none" else None
+    melodies = [c if c.any() and model.config.melody != "none" else None for c in chroma]
     return model.generate_codes([items[n]["text"] for n in numbers], melodies), chroma
 
 
@@ -1180,7 +1163,7 @@ def latents(codec, codes):
     """codes (B, K, T) -> the codec's latent vectors (B * T, Z)"""
     per_channel = codes[:, :codec.num_codebooks]  # of stereo in two streams: the first
     device = next(codec.parameters()).device
-    return codec.quantizer.decode(per_channel.to(device)).transpose(1, 2).flatten(0, 1).double().cpu().numpy()
+    return codec.quantizer.decode(per_channel.to(device)).transpose(1, 2).flatten(0, 1).cpu().double().numpy()
 
 
 def frechet_distance(x, y) -> float:
@@ -1189,11 +1172,10 @@ def frechet_distance(x, y) -> float:
     from scipy.linalg import sqrtm
     c_x, c_y = np.cov(x.T), np.cov(y.T)
     root = sqrtm(c_x @ c_y + 1e-12 * np.eye(len(c_x)))
-    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(c_x + c_y - 2 * np.real(root)))
+    return max(0.0, float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(c_x + c_y - 2 * np.real(root))))
 
 
 # === the command line ============================================================================================
-
 
 def main(argv):
     flags = [arg for arg in argv if arg in ("--resume", "--plan", "--eval") or arg.startswith("--split=")]
@@ -1207,7 +1189,7 @@ def main(argv):
         device = pick_device(config.device)
         size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-        return plan(config, int(os.environ.get("WORLD_SIZE", 1)), size) if os.environ.get("RANK", "0") == "0" else None
+        return plan(config, int(os.environ.get("WORLD_SIZE", 1)), size)
     if "--eval" in flags:
         return evaluate(config, split)
     interrupted = []
@@ -1220,9 +1202,9 @@ def main(argv):
     try:
         train(config, "--resume" in flags, interrupted)
     except RuntimeError as error:
-        if world() > 1 and re.search("onnection|peer|timed out|NCCL", str(error)):
-            raise UserError(f"another process of this run has ended ({str(error).splitlines()[0][:100]}); see its message. "
-                            f"--resume goes on from the last checkpoint") from None
+        if process_count() > 1 and re.search("onnection|peer|timed out|NCCL", str(error)):
+            raise UserError(f"another process of this run has ended ({str(error).splitlines()[0][:100]}); see its "
+                            f"message. --resume goes on from the last checkpoint") from None
         raise
     finally:
         if dist.is_initialized() and not sys.exc_info()[0]:

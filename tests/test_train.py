@@ -334,7 +334,7 @@ def test_data_of_other_settings_are_refused(data):
         training.TokenSegments(Config(**settings(data, "out", "lm", card=32)), "train")
     with pytest.raises(UserError, match="segment_duration"):
         training.TokenSegments(Config(**settings(data, "out", "lm", segment_duration=10.0)), "train")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no readable"):
         training.AudioCrops(Config(**settings(data, "out", "codec", data_dir="nowhere")), "train")
 
 
