@@ -275,8 +275,8 @@ def build_optimizers(module, extra, config: Config) -> list:
 def split_of(data_dir, split: str):
     """Folder of a split, and a function that picks its part of the names in it.
 
-    train/, valid/ and test/ inside data_dir are the splits. Without them every twentieth name, by its checksum, is for
-    validation and another one for testing.
+    train/, valid/ and test/ inside data_dir are the splits. Without them every twentieth name, by its checksum, is
+    for validation and another one for testing.
     """
     folder = Path(data_dir)
     if any((folder / name).is_dir() for name in SPLITS):
@@ -289,9 +289,8 @@ def split_of(data_dir, split: str):
     return folder, part
 
 
-def pick(weights, rng) -> int:
-    """An index, drawn with probabilities in proportion to weights."""
-    sums = np.cumsum(weights)
+def pick(sums, rng) -> int:
+    """An index, drawn in proportion to weights of which `sums` are the cumulative sums."""
     return min(int(np.searchsorted(sums, rng.random() * sums[-1], "right")), len(sums) - 1)
 
 
@@ -314,7 +313,7 @@ class AudioCrops:
                 print(f"skipped {folder / name}: {error}", file=sys.stderr)
         if split == "train" and not self.paths:
             raise UserError(f"data_dir = {config.data_dir!r}: no readable {' '.join(SUFFIXES)} files to train on")
-        self.weights = np.maximum(self.seconds, config.segment_duration)  # every second of music equally often
+        self.sums = np.cumsum(np.maximum(self.seconds, config.segment_duration))  # all seconds of music alike
 
     def __len__(self):
         return len(self.paths)
@@ -323,7 +322,7 @@ class AudioCrops:
         """One crop of segment_duration; a shorter file is followed by silence, a damaged one gives way to another."""
         config = self.config
         for attempt in range(20):
-            n = pick(self.weights, rng)
+            n = pick(self.sums, rng)
             start = rng.random() * max(0.0, self.seconds[n] - config.segment_duration)
             start = int(start * config.sample_rate) / config.sample_rate
             try:
@@ -334,7 +333,8 @@ class AudioCrops:
                 if attempt == 19:
                     raise
         L = round(config.segment_duration * config.sample_rate)
-        return {"wav": F.pad(crop, (0, max(0, L - crop.shape[1])))[:, :L], "where": f"{self.paths[n]} at {start:.3f} s"}
+        wav = F.pad(crop, (0, max(0, L - crop.shape[1])))[:, :L]
+        return {"wav": wav, "where": f"{self.paths[n]} at {start:.3f} s"}
 
 
 class TokenSegments:
@@ -345,7 +345,7 @@ class TokenSegments:
 
     def __init__(self, config: Config, split: str):
         folder, part = split_of(config.data_dir, split)
-        self.config, self.hop, self.tracks, self.weights = config, 2 ** config.radix2_exp // 4, [], []
+        self.config, self.hop, self.tracks = config, 2 ** config.radix2_exp // 4, []
         self.T, self.grid = config.segment_frames, math.lcm(config.stride, self.hop)
         if split != "train" and not folder.exists():
             return
@@ -371,14 +371,14 @@ class TokenSegments:
                   f"segment_duration = {config.segment_duration} s, or of weight 0", file=sys.stderr)
         if split == "train" and not self.tracks:
             raise UserError(f"{folder}: no track has segment_duration = {config.segment_duration} s; lower it")
-        self.weights = [t["frames"] * t["weight"] for t in self.tracks]
+        self.sums = np.cumsum([t["frames"] * t["weight"] for t in self.tracks])
 
     def __len__(self):
         return len(self.tracks)
 
     def item(self, rng, train: bool) -> dict:
         """A random segment; in training with its conditions augmented and dropped at random."""
-        track = self.tracks[pick(self.weights, rng)]
+        track = self.tracks[pick(self.sums, rng)]
         places = (track["frames"] - self.T) * self.config.stride // self.grid + 1
         return self.segment(track, int(rng.integers(places)) * self.grid, rng if train else None)
 
@@ -421,20 +421,22 @@ def collate(items: list[dict]) -> dict:
 
 
 class Prefetcher:
-    """Makes the batches of the next updates in a thread while this update is computed, and measures the waiting."""
+    """Reads the batches of the next updates in a thread while this update is computed, and measures the waiting."""
 
-    def __init__(self, make, last: int, ahead: int = 2):
-        self.make, self.last, self.ahead, self.waited = make, last, ahead, 0.0
+    def __init__(self, data, config: Config, ahead: int = 2):
+        self.data, self.config, self.ahead, self.waited = data, config, ahead, 0.0
         self.pool, self.pending = ThreadPoolExecutor(1), {}
 
-    def __call__(self, update: int):
-        for u in range(update, min(update + 1 + self.ahead, self.last)):
+    def __call__(self, update: int) -> list[dict]:
+        """The micro-batches of an update."""
+        for u in range(update, min(update + 1 + self.ahead, self.config.total_updates)):
             if u not in self.pending:
-                self.pending[u] = self.pool.submit(self.make, u)
+                self.pending[u] = self.pool.submit(lambda u: [get_batch(self.data, self.config, u, micro)
+                                                              for micro in range(self.config.grad_accum)], u)
         start = time.perf_counter()
-        batch = self.pending.pop(update).result()
+        batches = self.pending.pop(update).result()
         self.waited += time.perf_counter() - start
-        return batch
+        return batches
 
 
 # === what is trained: two classes with the same methods =========================================================
@@ -444,7 +446,7 @@ class CodecTraining:
 
     def __init__(self, config: Config, device):
         if config.dtype == "float16" or config.sharding == "fsdp":
-            raise UserError("the codec trains in float32 or bfloat16, with sharding = 'ddp'; change dtype or sharding")
+            raise UserError("the codec trains in float32 or bfloat16 and with sharding = 'ddp'; change what differs")
         self.config, self.device = config, device
         self.train_data, self.valid_data = (AudioCrops(config, split) for split in ("train", "valid"))
         self.module = EncodecModel(config)
@@ -773,12 +775,12 @@ def train(config: Config, resume: bool = False, interrupted=()):
         task.prepare(first)
         task.parallel()
     log = Log(out, config, first)
-    batches = Prefetcher(lambda u: [get_batch(task.train_data, config, u, m) for m in range(config.grad_accum)], total)
+    batches = Prefetcher(task.train_data, config)
 
     for update in range(first, total):
         # 1. segments of music from the files: codes (B, K, T), texts, chroma (B, M, Q)  [codec: wav (B, C, L)]
         micro_batches = batches(update)
-        torch.manual_seed(config.seed * 1_000_003 + update * process_count() + rank())  # of the dropouts inside the network
+        torch.manual_seed(config.seed * 1_000_003 + update * process_count() + rank())  # dropouts in the network
         if update == task.decoder_only_from:  # the decoder is tuned on the codes of the averaged encoder
             ema.copy_to_module()
         task.prepare(update)
@@ -976,9 +978,9 @@ def memory_gb() -> float:
 # === fine-tuning: from a checkpoint, all weights or low-rank adapters =============================================
 
 ARCHITECTURE = """channels sample_rate codec n_filters ratios dimension lstm n_residual_layers kernel_size
-    last_kernel_size residual_kernel_size dilation_base compress causal pad_mode true_skip norm n_q card melody n_chroma
-    radix2_exp argmax chroma_length null_melody text t5 t5_finetune t5_dim t5_layers t5_heads dim num_heads num_layers
-    hidden_scale positional_embedding max_period qk_layer_norm pattern delays""".split()
+    last_kernel_size residual_kernel_size dilation_base compress causal pad_mode true_skip norm n_q card melody
+    n_chroma radix2_exp argmax chroma_length null_melody text t5 t5_finetune t5_dim t5_layers t5_heads dim num_heads
+    num_layers hidden_scale positional_embedding max_period qk_layer_norm pattern delays""".split()
 
 
 def adopt(config: Config) -> Config:
@@ -1035,7 +1037,8 @@ def plan(config: Config, processes: int = 1, device_bytes: float | None = None) 
     params = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     states = {"dadam": 3, "adamw": 2, "muon": 2}[config.optim]      # m, v, s; m, v; at most that
-    shards, items = processes if config.sharding == "fsdp" else 1, config.batch_size // (processes * config.grad_accum)
+    shards = processes if config.sharding == "fsdp" else 1
+    items = config.batch_size // (processes * config.grad_accum)
     figures = {"weights": 4 * params / shards, "gradients": 4 * trained / shards,
                "optimizer": 4 * states * trained / shards, "ema": 4 * trained / shards,
                "activations": items * activation_bytes(config)}
@@ -1050,7 +1053,7 @@ def plan(config: Config, processes: int = 1, device_bytes: float | None = None) 
           f"frames), {config.updates_per_epoch:,} updates an epoch, {config.total_updates:,} in all")
     if device_bytes:
         verdict = "it fits" if memory < 0.9 * device_bytes else (
-            "it does NOT fit; smaller batch_size, more grad_accum, checkpointing, sharding = 'fsdp' or lora_rank help")
+            "it does NOT fit; more grad_accum, checkpointing, sharding = 'fsdp' or lora_rank help")
         print(f"the device has {device_bytes / 1e9:.1f} GB: {verdict}")
     return {"parameters": params, "trained": trained, **figures, "together": memory, "tokens_per_update": tokens}
 

@@ -214,15 +214,15 @@ def test_the_last_part_trains_the_decoder_alone(data, tmp_path):
 # --- interrupted runs ---------------------------------------------------------------------------------------------------
 
 
-def stop_at(config, update: int):
-    """Trains up to an update of the run, as if Ctrl-C had been pressed there."""
+def stop_at(config, update: int, resume=False):
+    """Trains for so many updates, as if Ctrl-C had been pressed then."""
     class AskedAt:
         calls = 0
 
         def __bool__(self):
             self.calls += 1
             return self.calls >= update
-    training.train(config, interrupted=AskedAt())
+    training.train(config, resume, interrupted=AskedAt())
 
 
 def in_a_fork(config, seconds=None, number=signal.SIGKILL):
@@ -271,6 +271,24 @@ def test_ctrl_c_writes_a_checkpoint_and_ends(data, tmp_path):
     done = len(losses(config.out_dir))
     with training.safe_open(tmp_path / "out" / "state.safetensors", "pt") as file:
         assert json.loads(file.metadata()["info"])["update"] == done > 0
+
+
+@pytest.mark.slow
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_resumes(data, tmp_path):
+    values = settings(data, tmp_path / "out", "lm", epochs=1000, save_every=5)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
+               *(f"--{key}={value}" for key, value in values.items())]
+    parent = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    state_file = tmp_path / "out" / "state.safetensors"
+    while not state_file.exists() and parent.poll() is None:
+        time.sleep(0.1)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    told, _ = parent.communicate(timeout=60)
+    assert parent.returncode != 0 and not any(Path(f"/proc/{child}").exists() for child in children)
+    config = Config(**{**values, "epochs": 1000})
+    stop_at(config, 3, resume=True)
+    assert len(losses(config.out_dir)) > 5
 
 
 def test_a_finished_run_is_not_overwritten(lm_run, data):
