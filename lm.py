@@ -241,21 +241,37 @@ class LMModel(nn.Module):
 
     # --- saving and loading: see "Checkpoints" below --------------------------------------------------------------
 
-    def save(self, directory):
-        """Writes config.json and model.safetensors (a frozen T5 is left out: the configuration names it)."""
-        from safetensors.torch import save_file
+    def save(self, directory, compact: bool = False):
+        """Writes config.json and model.safetensors (a frozen T5 is left out: the configuration names it).
+
+        compact: matrices as int8 with a scale for each row, the rest as float16; a quarter of the size.
+        """
         from pathlib import Path
-        from config import write_atomic
-        tensors = {key: value.contiguous() for key, value in self.state_dict().items()}
-        if "conditioner.text.t5.shared.weight" in tensors:
-            tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)    # the same tensor twice
-        write_atomic(Path(directory) / "model.safetensors", lambda path: save_file(tensors, path))
+        from encodec import write_tensors
+        tensors = self.state_dict()
+        tensors.pop(TIED[1], None)
+        if compact:
+            matrices = {name: quantize_rows(t) for name, t in tensors.items() if t.dim() == 2}
+            tensors = {name: t.half() for name, t in tensors.items()}
+            tensors |= {name: q for name, (q, _) in matrices.items()}
+            tensors |= {name + SCALE: scale for name, (_, scale) in matrices.items()}
+        write_tensors(Path(directory) / "model.safetensors", tensors)
         self.config.save(Path(directory) / "config.json")
 
     @classmethod
     def from_pretrained(cls, name_or_dir, dtype=None) -> "LMModel":
         """Reads our directory, a transformers directory or hub id, or one in the original's format."""
         return load_lm(name_or_dir, dtype)
+
+
+TIED = ("conditioner.text.t5.shared.weight", "conditioner.text.t5.encoder.embed_tokens.weight")  # one table of T5
+SCALE = ".scale"    # beside an int8 matrix: what its rows are to be multiplied by
+
+
+def quantize_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, columns) -> int8 of the same shape, and the scale (rows,) that brings it back."""
+    scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 def codebook_cross_entropy(logits, codes, mask) -> torch.Tensor:
@@ -501,9 +517,10 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
         lm = LMModel(config)
     if origin == "ours":
         tensors = dict(read_tensors(directory, dtype=dtype))
-        if "conditioner.text.t5.shared.weight" in tensors:      # one table, two names
-            name = "conditioner.text.t5.encoder.embed_tokens.weight"
-            tensors.setdefault(name, tensors["conditioner.text.t5.shared.weight"])
+        for name in [name for name in tensors if name + SCALE in tensors]:
+            tensors[name] = (tensors[name] * tensors.pop(name + SCALE)[:, None]).to(dtype or torch.float32)
+        if TIED[0] in tensors:
+            tensors.setdefault(TIED[1], tensors[TIED[0]])
     else:
         shapes = {name: value.shape for name, value in lm.state_dict().items()}
         skip = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.")

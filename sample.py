@@ -71,10 +71,10 @@ class MusicGen:
         # the codec's convolutions and nearest-neighbour search are not to be trusted on mps; it is a small part
         return cls(lm, codec.fold().to("cpu" if device.type == "mps" else device))
 
-    def save(self, directory):
-        """Writes a directory that from_pretrained reads, codec included."""
-        self.codec.save(Path(directory) / "codec")
-        self.lm.save(directory)
+    def save(self, directory, compact: bool = False):
+        """Writes a directory that from_pretrained reads, codec included. compact: int8 matrices, float16 the rest."""
+        self.codec.half().save(Path(directory) / "codec") if compact else self.codec.save(Path(directory) / "codec")
+        self.lm.save(directory, compact)
 
     # --- conditions ---------------------------------------------------------------------------------------------
 
@@ -241,6 +241,7 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="float32", choices=list(DTYPES), help="of the language model's weights")
     add("--overwrite", action="store_true", help="replace an existing --out")
+    add("--export", metavar="DIR", help="write the checkpoint small, as it is shipped (int8 and float16), and stop")
     add("--export_hf", metavar="DIR", help="write the checkpoint for transformers, and stop")
     return parser.parse_args(argv)
 
@@ -248,11 +249,15 @@ def parse(argv):
 def main(argv):
     """The command line, thin over MusicGen."""
     args = parse(argv)
-    if args.export_hf:
+    if args.export or args.export_hf:
         from lm import export_transformers
         lm = LMModel.from_pretrained(args.checkpoint)
-        export_transformers(lm, load_codec(args.checkpoint, lm), args.export_hf)
-        print(args.export_hf)
+        codec = load_codec(args.checkpoint, lm)
+        if args.export:
+            MusicGen(lm, codec).save(args.export, compact=True)
+        if args.export_hf:
+            export_transformers(lm, codec, args.export_hf)
+        print(args.export or args.export_hf)
         return
     texts = [text or None for text in args.text or [None]]
     melodies = [path or None for path in args.melody or [None]]
@@ -309,7 +314,7 @@ def output_names(args, texts) -> list[Path]:
 def describe(args, text, melody, seed, out, config) -> str:
     """The JSON beside a result: what was asked for, with what settings, and the command that does it again."""
     given = {key: value for key, value in vars(args).items() if value not in (None, False)}
-    given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "overwrite", "export_hf")}
+    given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "overwrite")}
     flags = {**({"text": text} if text else {}), **({"melody": melody} if melody else {}), **given, "seed": seed, "out": str(out)}
     command = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
     used = {name: given.get(name, getattr(config, key)) for name, key in (

@@ -5,7 +5,8 @@
     python train.py config/tiny.py
 
 The architecture is config/melody.py's: melody and text in front, delay pattern, guidance. What differs helps
-so small a model in so short a run: a byte-level T5 trained along instead of t5-base, and Muon.
+so small a model in so short a run: a byte-level T5 trained along instead of t5-base, rotary positions that give a
+melody frame the time of the music it belongs to, normalised queries and keys, and Muon.
 """
 task = "lm"
 out_dir = "out/tiny"
@@ -18,7 +19,7 @@ n_q = 4
 card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
-stem = "hpss"
+stem = "hpss"                  # of what a user gives; the data set brings its melodies alone
 melody_dropout = 0.1
 n_eval_wavs = 100
 
@@ -35,6 +36,8 @@ dim = 256
 num_heads = 4
 num_layers = 6
 dropout = 0.1
+positional_embedding = "rope"
+qk_layer_norm = True
 cfg_dropout = 0.1
 
 batch_size = 8

@@ -244,3 +244,15 @@ def test_saved_and_loaded_again(tmp_path):
     (tmp_path / "config.json").write_text(dataclasses.replace(lm.config, num_layers=3).to_json())
     with pytest.raises(UserError, match="layers.2.norm1.weight"):
         L.LMModel.from_pretrained(tmp_path)
+
+
+def test_compact_checkpoints_are_small_and_close(tmp_path):
+    lm = make(positional_embedding="rope", qk_layer_norm=True)
+    lm.save(tmp_path, compact=True)
+    again = L.LMModel.from_pretrained(tmp_path, torch.float32)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < 1.6 * sum(p.numel() for p in lm.parameters())
+    for (name, a), b in zip(lm.state_dict().items(), again.state_dict().values()):
+        assert b.dtype == torch.float32
+        rows = a.abs().amax(-1, keepdim=True) if a.dim() == 2 else a.abs()
+        assert ((a - b).abs() <= rows / 200 + 1e-6).all(), name
