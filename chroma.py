@@ -74,12 +74,12 @@ class ChromaExtractor(nn.Module):
         return F.one_hot(chroma.argmax(-1), chroma.shape[-1]).to(chroma) if self.argmax else chroma
 
 
-def match_length(chroma, M: int):
-    """Chroma (B, m, Q) -> (B, M, Q): a shorter melody is repeated from its start, a longer one is cut.
+def match_length(chroma, M: int, first: int = 0):
+    """Chroma (B, m, Q) -> (B, M, Q), from frame `first` on: a shorter melody starts anew, a longer one is cut.
 
     The melody prefix always has the length it had in training (as the original's generation wrapper).
     """
-    return chroma[:, torch.arange(M, device=chroma.device) % chroma.shape[1]]
+    return chroma[:, (first + torch.arange(M, device=chroma.device)) % chroma.shape[1]]
 
 
 # --- measures of how well a melody was followed -----------------------------------------------------------------

@@ -92,17 +92,14 @@ class MusicGen:
         return extract(wav)[0]
 
     def _window(self, chromas, start: int):
-        """The M chroma frames that belong to music from code frame `start` on: chroma (B, M, Q), has_melody (B,).
-
-        Always the length of training: a melody that is too short repeats from its start, as in the original.
-        """
+        """The M chroma frames that belong to music from code frame `start` on: chroma (B, M, Q), has_melody (B,)."""
+        from chroma import match_length
         if self.lm.conditioner.melody is None or all(c is None for c in chromas):
             return None, None
         M, hop = self.config.chroma_frames, 2 ** self.config.radix2_exp // 4
         first = round(start * self.config.stride / hop)
-        rows = [torch.zeros(M, self.config.n_chroma) if c is None else c[(first + torch.arange(M)) % len(c)]
-                for c in chromas]
-        return torch.stack(rows), torch.tensor([c is not None for c in chromas])
+        rows = [torch.zeros(1, M, self.config.n_chroma) if c is None else match_length(c[None], M, first) for c in chromas]
+        return torch.cat(rows), torch.tensor([c is not None for c in chromas])
 
     # --- generation ------------------------------------------------------------------------------------------------
 
