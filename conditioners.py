@@ -103,7 +103,8 @@ class T5Conditioner(nn.Module):
         original, where it is padded to the longest text of the batch by further zeros).
         """
         device = self.proj.weight.device
-        ids, mask = self.tokenize([text or "" for text in texts])                      # (B, P)
+        # a command line may hold bytes that are not UTF-8, which no tokenizer takes
+        ids, mask = self.tokenize([(text or "").encode(errors="replace").decode() for text in texts])  # (B, P)
         ids, mask = ids.to(device), mask.to(device)
         given = torch.tensor([bool(text) for text in texts]).to(device)[:, None]       # (B, 1)
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):

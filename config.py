@@ -338,6 +338,8 @@ class UserError(ValueError):
 
 def run(main, *args):
     """Runs a command: a UserError becomes its one sentence on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         return main(*args)
     except UserError as error:

@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -587,7 +588,9 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
         raise UserError(f"{path}: cannot read {duration} s from {start} s on; start from 0, last more than 0")
     first, blocks = round(start * sample_rate), []
     try:
-        with soundfile.SoundFile(str(path)) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: not every name is UTF-8
+            if not 1000 <= file.samplerate <= 400_000:  # damage, or a bomb: resampling 1 Hz or 2 GHz takes any memory
+                raise UserError(f"{path}: claims {file.samplerate} Hz; save it at a rate from 1,000 to 400,000 Hz")
             divisor = math.gcd(sample_rate, file.samplerate)
             up, down = sample_rate // divisor, file.samplerate // divisor  # `down` samples become `up`
             margin = 10 * max(up, down) // (up * down) + 2                 # half of the filter, in such groups
@@ -596,8 +599,8 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
             if begin * down > file.frames:
                 raise UserError(f"{path}: has {file.frames / file.samplerate:.2f} s, nothing at {start:.2f} s")
             file.seek(begin * down)
-            left = end - begin * down
-            while left > 0 and len(block := file.read(min(2 ** 18, left), "float32", always_2d=True)):
+            left, size = end - begin * down, 2 ** 18 // file.channels
+            while left > 0 and len(block := file.read(min(size, left), "float32", always_2d=True)):
                 left -= len(block)
                 wide = np.repeat(block, 2, 1) if block.shape[1] < channels else block[:, :channels]
                 blocks.append(block.mean(1, keepdims=True) if channels == 1 else wide)
@@ -630,7 +633,7 @@ def write_audio(path, wav, sample_rate: int):
     kind, subtype = FORMATS[suffix]
 
     def content(temporary):
-        with soundfile.SoundFile(temporary, "w", sample_rate, samples.shape[1], subtype, format=kind) as file:
+        with soundfile.SoundFile(os.fsencode(temporary), "w", sample_rate, samples.shape[1], subtype, format=kind) as file:
             for i in range(0, len(samples), 2 ** 16):  # libsndfile's ogg writer fails on long blocks
                 file.write(samples[i:i + 2 ** 16])
     try:

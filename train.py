@@ -283,7 +283,7 @@ def split_of(data_dir, split: str):
         return folder / split, list
 
     def part(names):
-        order = sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
+        order = sorted(names, key=lambda name: (zlib.crc32(os.fsencode(name)), name))
         n = max(1, len(order) // 20) if len(order) >= 3 else 0
         return sorted({"valid": order[:n], "test": order[n:2 * n], "train": order[2 * n:]}[split])
     return folder, part
@@ -305,7 +305,7 @@ class AudioCrops:
         self.config, self.paths, self.seconds = config, [], []
         for name in sorted(part(names)):
             try:
-                info = soundfile.info(str(folder / name))
+                info = soundfile.info(os.fsencode(folder / name))
                 assert info.frames > 0, "empty"
                 self.paths.append(folder / name)
                 self.seconds.append(info.frames / info.samplerate)
