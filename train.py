@@ -691,6 +691,16 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def gather(tensors: dict) -> dict:
+    """Whole copies on the CPU, on the main process; the others only take part."""
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = full(tensor)  # one at a time
+        if is_main():
+            whole[name] = tensor.detach().to("cpu", copy=True)
+    return whole
+
+
 def like(tensor, reference):
     """A whole tensor as `reference` is: on its device, in its shards."""
     if hasattr(reference, "device_mesh") and tensor.shape == reference.shape:
@@ -723,7 +733,7 @@ def save_state(path: Path, task, optimizers, ema, scaler, update: int):
     tensors, names = everything(task, optimizers, ema), {p: name for name, p in named_weights(task).items()}
     for optimizer in optimizers:
         tensors |= {f"optim.{names[p]}.{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
-    tensors = {name: full(t).detach().cpu().clone() for name, t in tensors.items()}
+    tensors = gather(tensors)
     if is_main():
         info = {"update": update, "ema_count": ema.count, "scaler": scaler.state_dict()}
         write_tensors(path, tensors, {"info": json.dumps(info)})
@@ -737,7 +747,7 @@ def load_state(path: Path, task, optimizers, ema, scaler) -> int:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(like(file.get_tensor(name), tensor))
-            for name in file.keys() - own.keys():
+            for name in sorted(file.keys() - own.keys()):  # every process in the same order: shards are sent
                 p = weights[name.removeprefix("optim.").rpartition(".")[0]]
                 owner[p].state[p][name.rpartition(".")[2]] = like(file.get_tensor(name), p)
             info = json.loads(file.metadata()["info"])
@@ -750,7 +760,7 @@ def load_state(path: Path, task, optimizers, ema, scaler) -> int:
 
 def export(out: Path, task, ema):
     """model.safetensors: the averaged weights under the names that from_pretrained reads, adapters merged."""
-    tensors = {name: full(ema.average.get(name, t)).detach().cpu() for name, t in task.module.state_dict().items()}
+    tensors = gather({name: ema.average.get(name, t) for name, t in task.module.state_dict().items()})
     tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)  # is shared.weight
     if is_main():
         write_tensors(out / "model.safetensors", merge_lora(tensors, task.config))
