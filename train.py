@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from chroma import ChromaExtractor, separate
+from chroma import ChromaExtractor, chroma_agreement, separate
 from conditioners import augment_description, drop_conditions, word_dropout
 from config import Config, UserError, load, pick_device, run, write_atomic
 from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
@@ -455,6 +455,8 @@ class CodecTraining:
         self.module.to(device)
         weights = {name: getattr(config, name) for name in ("l1", "msspec", "sc", "adv", "feat")}
         self.weights = {name: weight for name, weight in weights.items() if weight}
+        if not self.weights:
+            raise UserError("l1, msspec, sc, adv and feat are all 0: at least one of them must be positive")
         self.extra = nn.ModuleDict({"balancer": Balancer(self.weights, config.balancer_decay)}).to(device)
         self.adversarial = bool(config.adv or config.feat)
         if self.adversarial:
@@ -507,8 +509,8 @@ class CodecTraining:
             wav = get_batch(self.valid_data, config, n, split="valid")["wav"].to(self.device)
             codes = self.module.encode(wav)
             output = self.module.decode(codes)[..., :wav.shape[-1]]
-            agree = (chroma_of(config, wav).argmax(-1) == chroma_of(config, output).argmax(-1)).float().mean()
-            sums += torch.stack([si_snr(wav, output).mean(), mel_loss(config, wav, output), agree, sums.new_ones(())])
+            agree = chroma_agreement(chroma_of(config, wav), chroma_of(config, output))
+            sums += sums.new_tensor([si_snr(wav, output).mean(), mel_loss(config, wav, output), agree, 1])
             used = used + usage_counts(codes, config.card)
         si, mel, agree, n = over_processes(sums).tolist()
         used = over_processes(used)
@@ -623,7 +625,7 @@ def compare_chroma(config: Config, wavs, asked):
     heard = chroma_of(config, stems)
     M = min(heard.shape[1], asked.shape[1])
     heard, asked = heard[:, :M], asked[:, :M].cpu()
-    agreement = (heard.argmax(-1) == asked.argmax(-1)).float().mean(1)
+    agreement = torch.tensor([chroma_agreement(*pair) for pair in zip(heard, asked)])
     return F.cosine_similarity(heard, asked, dim=-1).mean(1), agreement
 
 

@@ -35,7 +35,8 @@ CODEC = dict(SHAPE, task="codec", n_filters=4, dimension=4, lstm=1, kmeans_iters
              updates_per_epoch=12, valid_every=5, valid_batches=1, save_every=4, log_every=1, sample_every=0)
 LM = dict(SHAPE, task="lm", dim=16, num_heads=2, num_layers=2, delays=[0, 1], t5="bytes", t5_dim=8, t5_layers=1,
           t5_heads=2, stem="none", batch_size=4, epochs=1, updates_per_epoch=20, warmup=2, lr_min_ratio=0.5,
-          ema_every=2, valid_every=7, valid_batches=1, save_every=5, log_every=1, sample_every=0, n_eval_wavs=4, top_k=0)
+          ema_every=2, valid_every=7, valid_batches=1, save_every=5, log_every=1, sample_every=0,
+          n_eval_wavs=4, top_k=0)
 
 
 @pytest.fixture(scope="module")
