@@ -41,8 +41,8 @@ qk_layer_norm = True
 cfg_dropout = 0.1
 
 batch_size = 8
-epochs = 6
-updates_per_epoch = 1000
+epochs = 3
+updates_per_epoch = 500
 optim = "muon"
 lr = 0.02
 weight_decay = 0.0
