@@ -94,7 +94,7 @@ class Config:
     num_heads: int = 24
     num_layers: int = 48
     hidden_scale: int = 4               # feed-forward width / dim
-    dropout: float = 0.0                # in the feed-forward and after attention
+    dropout: float = 0.0                # after the feed-forward
     positional_embedding: str = "sin"   # "sin" (the original), or "rope" with the prefix aligned in time
     max_period: float = 10000.0         # longest wavelength of the positions
     qk_layer_norm: bool = False         # normalise queries and keys (helps short training of small models)

@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.heads, self.dropout = config.num_heads, config.dropout
+        self.heads = config.num_heads
         width = config.dim // config.num_heads                                          # E
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
@@ -67,8 +67,7 @@ class Attention(nn.Module):
         if cache is not None:
             x = cache.attend(q, k, v, mask)
         else:
-            dropout = self.dropout if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(x.transpose(1, 2).reshape(B, S, D))
 
     def keys_values(self, condition):
@@ -103,12 +102,12 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, angles=None, mask=None, cache=None, cross=None, cross_mask=None):
-        x = x + self.dropout(self.attn(self.norm1(x), angles, mask, cache))
+        x = x + self.attn(self.norm1(x), angles, mask, cache)
         if self.cross is not None and cross is not None:
             if not isinstance(cross, tuple):    # a condition; with a cache its keys and values, computed once
                 cross = self.cross.keys_values(cross)
-            x = x + self.dropout(self.cross.cross(self.norm_cross(x), cross, cross_mask))
-        return x + self.dropout(self.ff2(self.dropout(F.gelu(self.ff1(self.norm2(x))))))
+            x = x + self.cross.cross(self.norm_cross(x), cross, cross_mask)
+        return x + self.dropout(self.ff2(F.gelu(self.ff1(self.norm2(x)))))
 
 
 class LMModel(nn.Module):
