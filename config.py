@@ -24,6 +24,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short  # of values in messages
 
 
 @dataclass
@@ -197,7 +198,10 @@ class Config:
             raise UserError(f"{path}: not a readable configuration ({error})") from None
         if not isinstance(values, dict):
             raise UserError(f"{path}: a configuration is a JSON object, this is a {type(values).__name__}")
-        return cls(**_known(values, str(path)))
+        try:
+            return cls(**_known(values, str(path)))
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 # --- the way in --------------------------------------------------------------------------------------------
@@ -214,12 +218,9 @@ def load(argv) -> Config:
             values |= _read_assignments(arg)
         else:
             key, equals, text = arg[2:].partition("=")
-            _known({key: None}, "command line")
-            if not equals:
-                if FIELDS[key].type is not bool:
-                    raise UserError(f"--{key} needs a value: write --{key}=VALUE")
-                text = "True"
-            values[key] = _parse(FIELDS[key], text)
+            if not equals and key in FIELDS and FIELDS[key].type is not bool:
+                raise UserError(f"--{key} needs a value: write --{key}=VALUE")
+            values |= _known({key: _parse(FIELDS.get(key), text if equals else "True")}, "command line")
     if len(given) > 1:
         raise UserError(f"one configuration file at a time, not {' and '.join(given)}; override with --key=value")
     return Config(**values)
@@ -232,7 +233,7 @@ def _read_assignments(path) -> dict:
     except OSError as error:
         raise UserError(f"{path}: cannot read this configuration file ({error.strerror})") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path}: not a configuration file: {error}") from None
+        raise UserError(f"{path}: not a configuration file of `name = value` lines ({error})") from None
     values = {}
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -248,16 +249,17 @@ def _read_assignments(path) -> dict:
 
 
 def _known(values: dict, where: str) -> dict:
+    """The values, each of its field's type. Raises UserError for others, and for unknown names."""
     for key in values:
         if key not in FIELDS:
-            near = difflib.get_close_matches(key, FIELDS, 1, cutoff=0)
-            raise UserError(f"{where}: there is no setting {key!r}; did you mean {near[0]!r}?")
-    return values
+            near = difflib.get_close_matches(key[:50], FIELDS, 1, cutoff=0)
+            raise UserError(f"{where}: there is no setting {short(key)}; did you mean {short(near[0])}?")
+    return {key: _cast(FIELDS[key], value, f"{where}: ") for key, value in values.items()}
 
 
 def _parse(field, text: str):
     """The text of --key=value as a Python value; strings need no quotes."""
-    if field.type is str:
+    if field is None or field.type is str:
         return text
     try:
         return ast.literal_eval(text)
@@ -265,7 +267,7 @@ def _parse(field, text: str):
         return {"true": True, "false": False}.get(text.lower(), text)  # else a str, which _cast refuses by name
 
 
-def _cast(field, value):
+def _cast(field, value, where=""):
     """Value as the field's type: an int may stand for a float, a list for a tuple, nothing else."""
     if typing_name(field).startswith("tuple"):
         item = float if "float" in typing_name(field) else int
@@ -273,7 +275,8 @@ def _cast(field, value):
             return tuple(item(v) for v in value)
     elif _is(value, field.type):
         return field.type(value)
-    raise UserError(f"{field.name} = {value!r}: expected {typing_name(field)}, got {type(value).__name__}")
+    expected = "finite float" if field.type is float else typing_name(field)
+    raise UserError(f"{where}{field.name} = {short(value)}: expected {expected}, got {type(value).__name__}")
 
 
 def typing_name(field) -> str:
@@ -296,6 +299,11 @@ CHOICES = dict(
     optim=("dadam", "adamw", "muon"), sharding=("ddp", "fsdp"), channels=(1, 2))
 PROBABILITIES = ("melody_dropout word_dropout merge_text_p drop_desc_p drop_other_p dropout cfg_dropout top_p "
                  "lr_min_ratio").split()
+LARGEST = {key: most for most, keys in (  # a stranger's checkpoint or a slip must not take all memory, or for ever
+    (64, "n_q lstm n_residual_layers hidden_scale dilation_base"),
+    (1024, "num_layers t5_layers t5_heads kernel_size last_kernel_size residual_kernel_size n_chroma n_mels"),
+    (2 ** 16, "dim t5_dim n_filters dimension disc_filters lora_rank chroma_length batch_size"),
+    (86_400, "segment_duration extend_stride"), (400_000, "sample_rate"), (2 ** 32, "seed")) for key in keys.split()}
 ZERO_OK = ("seed chroma_length lstm q_dropout threshold_dead top_k temperature cfg_coef lora_rank warmup max_norm weight_decay adv feat l1 "
            "msspec sc commit unquantised_steps decoder_only_steps sample_every valid_every save_every").split()
 
@@ -304,7 +312,7 @@ def _check(c: Config):
     """Ranges and contradictions, each told with the way out."""
     for key, allowed in CHOICES.items():
         if getattr(c, key) not in allowed:
-            raise UserError(f"{key} = {getattr(c, key)!r}: must be one of {', '.join(map(str, allowed))}")
+            raise UserError(f"{key} = {short(getattr(c, key))}: must be one of {', '.join(map(str, allowed))}")
     for key in PROBABILITIES:
         if not 0 <= getattr(c, key) <= 1:
             raise UserError(f"{key} = {getattr(c, key)}: must lie between 0 and 1")
@@ -312,12 +320,22 @@ def _check(c: Config):
         value = getattr(c, key)
         if field.type in (int, float) and key not in PROBABILITIES and (value < 0 or value == 0 and key not in ZERO_OK):
             raise UserError(f"{key} = {value}: must be {'zero or ' if key in ZERO_OK else ''}positive")
-    if not c.ratios or min(c.ratios) < 1:
-        raise UserError(f"ratios = {c.ratios}: must be one or more positive integers")
+        if field.type in (int, float) and value > LARGEST.get(key, 1e9):
+            raise UserError(f"{key} = {short(value)}: must be {LARGEST.get(key, 10 ** 9):,} at most")
+        if field.type is str and key != "init_from" and not value:
+            raise UserError(f"{key} = '': must not be empty")
+    for key, few, most in (("ratios", 1, 1000), ("delays", 0, 10_000), ("disc_windows", 16, 2 ** 20)):
+        value = getattr(c, key)
+        if not 1 <= len(value) <= 64 or not few <= min(value) <= max(value) <= most:
+            raise UserError(f"{key} = {short(value)}: must be 1 to 64 integers from {few} to {most:,}")
+    if c.stride > 10 ** 6:
+        raise UserError(f"ratios = {c.ratios}: their product must be 1,000,000 at most")
+    if c.compress > c.n_filters:
+        raise UserError(f"compress = {c.compress}: must be n_filters = {c.n_filters} at most")
     if c.dim % c.num_heads or (c.dim // c.num_heads) % 2:
         raise UserError(f"dim = {c.dim} must be num_heads = {c.num_heads} times an even number; change one of the two")
-    if c.task == "lm" and c.pattern == "delay" and (len(c.delays) != c.n_q or min(c.delays, default=0) < 0):
-        raise UserError(f"delays = {c.delays}: needs one non-negative delay for each of the n_q = {c.n_q} codebooks")
+    if c.task == "lm" and c.pattern == "delay" and len(c.delays) != c.n_q:
+        raise UserError(f"delays = {c.delays}: needs one delay for each of the n_q = {c.n_q} codebooks")
     if c.card > 65535:
         raise UserError(f"card = {c.card}: codes are stored as 16-bit numbers, 65535 entries at most")
     if not 4 <= c.radix2_exp <= 20:
@@ -337,19 +355,26 @@ class UserError(ValueError):
 
 
 def run(main, *args):
-    """Runs a command: a UserError becomes its one sentence on stderr and exit code 2."""
+    """Runs a command: what its caller can put right becomes one sentence on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         return main(*args)
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence = error
     except BrokenPipeError:
         sys.exit(1)  # `| head` closed the pipe
+    except OSError as error:
+        sentence = f"{error.filename}: {error.strerror}" if error.filename else error
+    except (RuntimeError, MemoryError) as error:  # on the CPU torch has no kind of its own
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        sentence = "out of memory; a smaller model, batch or duration takes less (`train.py --plan` tells how much)"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 def write_atomic(path, content):

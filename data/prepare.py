@@ -138,7 +138,7 @@ def describe(folder: Path, file: str, fields: dict, complaints: list) -> Track:
 
 def inside(folder: Path, base: Path, name) -> str:
     """Path of `name`, said by a file in `base`, relative to folder. ValueError if it leads out of the folder."""
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not 0 < len(name) < 1000 or "\0" in name:
         raise ValueError(f"{str(name)[:50]!r} is not the name of a file")
     path = base / name
     try:
