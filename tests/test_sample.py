@@ -121,6 +121,14 @@ def test_melodies_of_any_rate_and_channels_mean_the_same():
         assert (other[:len(here)] == here[:len(other)]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("options", [dict(), dict(null_melody="c"), dict(melody="cross", text="cross")], ids=str)
+def test_two_tones_a_tritone_apart_and_none_give_three_results(options):
+    m = model(**options)
+    results = {tuple(m.generate_codes(["flute"], [wav if wav is None else m.melody_chroma(wav)], duration=0.2, seeds=[1],
+                                      temperature=0).flatten().tolist()) for wav in (tone(440.0), tone(622.25), None)}
+    assert len(results) == 3
+
+
 def test_stereo():
     m = model(channels=2)
     wav = m.generate(["x"], prompt=tone(channels=2, seconds=0.1), duration=0.3)
