@@ -139,8 +139,8 @@ def load_t5(name: str) -> nn.Module:
     with torch.device("meta"):
         t5 = T5EncoderModel(config)
     wanted = ("shared.", "encoder.", "text_encoder.")
-    tensors = {key.removeprefix("text_encoder."): value.float()
-               for key, value in read_tensors(open_checkpoint(name)) if key.startswith(wanted)}
+    tensors = {key.removeprefix("text_encoder."): value
+               for key, value in read_tensors(open_checkpoint(name), dtype=torch.float32) if key.startswith(wanted)}
     if "shared.weight" in tensors:      # one table under two names
         tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     load_strict(t5, tensors, f"T5 in {name}")

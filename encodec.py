@@ -354,6 +354,9 @@ def open_checkpoint(name) -> Path:
                         f"({type(error).__name__}); check the name and the network, or name a directory") from None
 
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
 def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
     """Yields (name without prefix, tensor) for all tensors under prefix; floating ones become dtype if given.
 
@@ -438,11 +441,15 @@ def load_strict(module: nn.Module, tensors: dict, where):
     own = module.state_dict()
     shapes = [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in own
               if name in tensors and tensors[name].shape != own[name].shape]
+    types = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in FLOATS]
     problems = [f"{what}: {', '.join(names)}" for what, names in
                 (("missing", sorted(own.keys() - tensors.keys())),
-                 ("surplus", sorted(tensors.keys() - own.keys())), ("wrong shape", shapes)) if names]
+                 ("surplus", sorted(tensors.keys() - own.keys())), ("wrong shape", shapes), ("wrong type", types))
+                if names]
     if problems:
         raise UserError(f"{where}: the weights do not fit the configuration; {'; '.join(problems)}")
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{where}: damaged, {bad[0]} has numbers that are not finite; fetch it again")
     module.load_state_dict(tensors, assign=True)
 
 
@@ -633,7 +640,7 @@ def write_audio(path, wav, sample_rate: int):
     kind, subtype = FORMATS[suffix]
 
     def content(temporary):
-        with soundfile.SoundFile(os.fsencode(temporary), "w", sample_rate, samples.shape[1], subtype, format=kind) as file:
+        with soundfile.SoundFile(os.fsencode(temporary), "w", sample_rate, samples.shape[1], subtype, None, kind) as file:
             for i in range(0, len(samples), 2 ** 16):  # libsndfile's ogg writer fails on long blocks
                 file.write(samples[i:i + 2 ** 16])
     try:

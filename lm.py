@@ -124,6 +124,9 @@ class LMModel(nn.Module):
         self.out_norm = nn.LayerNorm(config.dim)
         self.heads = nn.Linear(config.dim, config.n_q * config.card, bias=False)        # K heads in one
         self.conditioner = Conditioners(config)
+        # Where no position is added, frames of zeros ("no text", "no melody") would reach the norms as zeros, whose
+        # gradient there is 1 / sqrt(eps) for every layer: a learned vector on all prefix frames keeps them away from it.
+        self.prefix_mark = nn.Parameter(torch.randn(config.dim)) if config.positional_embedding == "rope" else None
         self.checkpointing = config.checkpointing
         self.init_weights()
 
@@ -135,6 +138,8 @@ class LMModel(nn.Module):
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
         init(self.emb.weight)
         init(self.heads.weight)
+        if self.prefix_mark is not None:
+            init(self.prefix_mark)
         for depth, layer in enumerate(self.layers, start=1):
             for module in layer.modules():
                 if isinstance(module, nn.Linear):
@@ -161,6 +166,7 @@ class LMModel(nn.Module):
         prefix = conditions.prefix if start == 0 else None
         P = 0 if prefix is None else prefix.shape[1]
         if P:
+            prefix = prefix if self.prefix_mark is None else prefix + self.prefix_mark
             x = torch.cat([prefix.to(x.dtype), x], dim=1)                               # (B, P + S, D)
         positions = self.positions(conditions, start, S, B, x.device)                   # (B, P + S)
 
@@ -490,15 +496,15 @@ def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where) -> di
         ours, i = place[name]
         missing.pop(name, None)
         rows = shapes[ours][0] // len(table[ours])
-        if tensor.shape != (rows, *shapes[ours][1:]):
-            wrong.append(f"{name} is {tuple(tensor.shape)}, not {(rows, *shapes[ours][1:])}")
+        if tensor.shape != (rows, *shapes[ours][1:]) or not tensor.is_floating_point():
+            wrong.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {(rows, *shapes[ours][1:])}")
             continue
         if ours not in packed:
             packed[ours] = torch.empty(shapes[ours], dtype=dtype or tensor.dtype)
         packed[ours][i * rows:(i + 1) * rows] = tensor
     if missing or surplus or wrong:
         raise UserError(f"{where}: does not fit its configuration; missing: {list(missing) or 'none'}; "
-                        f"not known: {surplus or 'none'}; of wrong shape: {wrong or 'none'}")
+                        f"not known: {surplus or 'none'}; of wrong shape or type: {wrong or 'none'}")
     return packed
 
 
