@@ -503,8 +503,9 @@ def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where) -> di
             packed[ours] = torch.empty(shapes[ours], dtype=dtype or tensor.dtype)
         packed[ours][i * rows:(i + 1) * rows] = tensor
     if missing or surplus or wrong:
-        raise UserError(f"{where}: does not fit its configuration; missing: {list(missing) or 'none'}; "
-                        f"not known: {surplus or 'none'}; of wrong shape or type: {wrong or 'none'}")
+        from encodec import listed
+        raise UserError(f"{where}: does not fit its configuration; missing: {listed(missing) or 'none'}; "
+                        f"not known: {listed(surplus) or 'none'}; of wrong shape or type: {listed(wrong) or 'none'}")
     return packed
 
 
@@ -537,24 +538,27 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
 
 def read_config(directory) -> tuple[Config, str]:
     """Configuration and origin ("ours", "transformers", "original") of a model directory."""
-    from encodec import read_original
-    if (directory / "state_dict.bin").exists():
-        return config_from_original(read_original(directory / "state_dict.bin")[1], directory), "original"
-    if not (directory / "config.json").exists():
+    from encodec import read_json, read_original
+    original, ours = directory / "state_dict.bin", directory / "config.json"
+    if not original.is_file() and not ours.is_file():
         raise UserError(f"{directory}: no config.json and no state_dict.bin, so not a model of a known format")
     try:
-        foreign = "model_type" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError, TypeError):
-        foreign = False
-    if foreign:
-        return config_from_transformers(directory), "transformers"
-    return Config.from_json(directory / "config.json"), "ours"
+        if original.is_file():
+            return config_from_original(read_original(original)[1], directory), "original"
+        if "model_type" in read_json(ours):
+            return config_from_transformers(directory), "transformers"
+        return Config.from_json(ours), "ours"
+    except Exception as error:  # transformers and YAML have errors of all kinds
+        said = " ".join(str(error).split())
+        where = "" if str(directory) in said else f"{directory}: its configuration is none of MusicGen's: "
+        raise UserError(f"{where}{said if isinstance(error, UserError) else said[:150]}") from None
 
 
 def config_from_transformers(directory) -> Config:
     """Config of a directory that holds transformers' musicgen or musicgen_melody."""
     from transformers import AutoConfig
-    theirs = AutoConfig.from_pretrained(directory)
+    from encodec import read_json
+    theirs = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if theirs.model_type not in ("musicgen", "musicgen_melody"):
         raise UserError(f"{directory}: holds a {theirs.model_type}, not a musicgen or musicgen_melody")
     decoder, codec = theirs.decoder, theirs.audio_encoder
@@ -568,13 +572,12 @@ def config_from_transformers(directory) -> Config:
         text="prepend" if melody else "cross", t5=str(directory), null_melody="c", melody="none",
         dim=decoder.hidden_size, num_heads=decoder.num_attention_heads, num_layers=decoder.num_hidden_layers,
         hidden_scale=decoder.ffn_dim // decoder.hidden_size, n_q=K, card=decoder.vocab_size,
-        delays=tuple(k // channels for k in range(K)))
+        delays=tuple(k // channels for k in range(min(K, 65))))
     if melody:
         values |= dict(melody="prepend", n_chroma=theirs.num_chroma, chroma_length=theirs.chroma_length)
         features = directory / "preprocessor_config.json"
-        if features.exists():
-            window = json.loads(features.read_text(encoding="utf-8")).get("n_fft", 16384)
-            values |= dict(radix2_exp=int(window).bit_length() - 1)
+        if features.is_file():
+            values |= dict(radix2_exp=int(read_json(features).get("n_fft", 16384)).bit_length() - 1)
     return Config(**values)
 
 
