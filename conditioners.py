@@ -127,8 +127,15 @@ def t5_config(name: str):
     """The T5Config of a hub id, a directory, or of the text encoder inside a MusicGen directory."""
     from transformers import AutoConfig
     from encodec import open_checkpoint
-    config = AutoConfig.from_pretrained(open_checkpoint(name))
-    return getattr(config, "text_encoder", config)
+    try:
+        config = AutoConfig.from_pretrained(open_checkpoint(name), trust_remote_code=False)
+        config = getattr(config, "text_encoder", config)
+        assert config.model_type == "t5" and config.num_layers <= 1000, f"a {config.model_type}"
+        return config
+    except UserError:
+        raise
+    except Exception as error:  # transformers has errors of all kinds
+        raise UserError(f"{name}: holds no T5 to read texts with ({' '.join(str(error).split())[:150]})") from None
 
 
 def load_t5(name: str) -> nn.Module:
@@ -154,9 +161,9 @@ def load_tokenizer(name: str):
     if name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     try:
-        return AutoTokenizer.from_pretrained(open_checkpoint(name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: holds no tokenizer for its text encoder ({str(error).splitlines()[0]})") from None
+        return AutoTokenizer.from_pretrained(open_checkpoint(name), trust_remote_code=False)
+    except Exception as error:  # of all kinds
+        raise UserError(f"{name}: holds no tokenizer for its text encoder ({' '.join(str(error).split())[:150]})") from None
 
 
 # --- melody --------------------------------------------------------------------------------------------------

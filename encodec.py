@@ -442,7 +442,7 @@ def load_strict(module: nn.Module, tensors: dict, where):
     shapes = [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in own
               if name in tensors and tensors[name].shape != own[name].shape]
     types = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in FLOATS]
-    problems = [f"{what}: {', '.join(names)}" for what, names in
+    problems = [f"{what}: {listed(names)}" for what, names in
                 (("missing", sorted(own.keys() - tensors.keys())),
                  ("surplus", sorted(tensors.keys() - own.keys())), ("wrong shape", shapes), ("wrong type", types))
                 if names]
@@ -451,6 +451,11 @@ def load_strict(module: nn.Module, tensors: dict, where):
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"{where}: damaged, {bad[0]} has numbers that are not finite; fetch it again")
     module.load_state_dict(tensors, assign=True)
+
+
+def listed(names) -> str:
+    """Names for a message: the first twenty, and how many more."""
+    return ", ".join(list(names)[:20]) + f" and {len(names) - 20:,} more" * (len(names) > 20)
 
 
 def write_tensors(path, tensors: dict, metadata: dict | None = None):
@@ -546,13 +551,13 @@ def _config_from_transformers(values: dict, books: int, where) -> dict:
     try:
         theirs = EncodecConfig(**values)
         bits = 1000 * theirs.target_bandwidths[-1] / math.ceil(theirs.sampling_rate / theirs.hop_length)
+        # Older versions of transformers count 10 bits a codebook whatever its size: believe the file if it agrees.
+        n_q = books if books == int(bits // 10) else int(bits // math.ceil(math.log2(theirs.codebook_size)))
     except Exception as error:  # theirs are of many kinds
         raise UserError(f"{where}: not a configuration of EnCodec ({str(error)[:150]!r})") from None
     for key, _, value in ONLY + (("codebook_dim", None, theirs.hidden_size),):
         if key and getattr(theirs, key) != value:
             raise UserError(f"{where}: {key} = {getattr(theirs, key)!r} is not supported, only {value!r}")
-    # Older versions of transformers count 10 bits a codebook whatever its size: believe the file if it agrees.
-    n_q = books if books == int(bits // 10) else int(bits // math.ceil(math.log2(theirs.codebook_size)))
     return dict(n_q=n_q, true_skip=not theirs.use_conv_shortcut,
                 **{ours: getattr(theirs, key) for ours, key, _ in FIELDS})
 

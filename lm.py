@@ -398,7 +398,8 @@ def generate(lm: LMModel, passes: list[Conditions], T: int, seeds: list[int], pr
     """Codes (B, K, T), one item per seed, under the conditions of `condition_passes`.
 
     prompt: codes (B, K, T0 < T) that the result begins with. guidance 1 is the conditional model, 0 the
-    unconditional one. progress(steps_done, steps) is called after every step.
+    unconditional one. progress(steps_done, steps) is called after every step; what is true of it ends the
+    generation, with -1 for the codes that are not known yet.
     """
     device, B, K = lm.emb.weight.device, len(seeds), lm.config.n_q
     rows = passes[0].batch if passes[0] != Conditions() else B
@@ -426,8 +427,8 @@ def generate(lm: LMModel, passes: list[Conditions], T: int, seeds: list[int], pr
         known = sequence[..., step]
         sequence[..., step] = torch.where(known == -1, new, known)
         previous = step
-        if progress is not None:
-            progress(step - first + 1, S - first)
+        if progress is not None and progress(step - first + 1, S - first):
+            break
     codes, found = lm.pattern.revert(sequence, T, lm.special)
     return codes
 
@@ -524,7 +525,10 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
     if origin == "ours":
         tensors = dict(read_tensors(directory, dtype=dtype))
         for name in [name for name in tensors if name + SCALE in tensors]:
-            tensors[name] = (tensors[name] * tensors.pop(name + SCALE)[:, None]).to(dtype or torch.float32)
+            scale = tensors.pop(name + SCALE)
+            if scale.shape != tensors[name].shape[:1] or not scale.is_floating_point():
+                raise UserError(f"{directory}: {name} is {tuple(tensors[name].shape)}, its scale {tuple(scale.shape)}; damaged")
+            tensors[name] = (tensors[name] * scale[:, None]).to(dtype or torch.float32)
         if TIED[0] in tensors:
             tensors.setdefault(TIED[1], tensors[TIED[0]])
     else:

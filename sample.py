@@ -16,8 +16,10 @@ The life of a sample (`MusicGen.generate`):
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -133,12 +135,14 @@ class MusicGen:
             return self.codec.encode(wav[..., :whole].to(device_of(self.codec)))[:, :self.config.n_q]
 
     def generate_codes(self, descriptions, chromas=None, prompt=None, duration=None, seeds=None, guidance=None,
-                       two_step=False, temperature=None, top_k=None, top_p=None, progress=False) -> torch.Tensor:
+                       two_step=False, temperature=None, top_k=None, top_p=None, progress=False,
+                       interrupted=()) -> torch.Tensor:
         """Descriptions and chromas ((M, Q) or None each) -> codes (B, K, T).
 
         Beyond the training length the window moves on by `extend_stride` seconds and continues its own codes; the
         melody moves with it. prompt: codes (B, K, T0). seeds: one number an item (default: the configuration's
-        seed and the ones after it); the same seed gives an item the same music, alone or in a batch.
+        seed and the ones after it); the same seed gives an item the same music, alone or in a batch. `interrupted`
+        turns true when it is to end with the frames that are whole.
         """
         config, B = self.config, len(descriptions)
         duration = config.segment_duration if duration is None else duration
@@ -163,24 +167,26 @@ class MusicGen:
         overlap = longest - max(1, min(longest, round(config.extend_stride * self.frame_rate)))
         done = torch.empty(B, config.n_q, 0, dtype=torch.long) if prompt is None else prompt.cpu()
         if done.shape[-1] >= T:
-            raise UserError(f"the duration {duration} s includes the prompt of {done.shape[-1] / self.frame_rate:.2f} s; "
-                            f"ask for more")
-        bar = tqdm(total=T - done.shape[-1], unit="frame", disable=not progress, desc="sampling")
-        for window in range(T):
-            p = done.shape[-1]
-            if p >= T:
-                break
-            start = 0 if p < longest else p - overlap
-            end = min(T, start + longest)
-            passes = condition_passes(self.lm, descriptions, end - start, *self._window(chromas, start), guidance, two_step)
-            begun = done.shape[-1] - (T - bar.total)
+            raise UserError(f"the duration {duration} s includes the prompt, which is as long or longer; ask for more")
+        with tqdm(total=T - done.shape[-1], unit="frame", disable=not progress, desc="sampling") as bar:
+            for window in range(T):
+                p = done.shape[-1]
+                if p >= T or interrupted:
+                    break
+                start = 0 if p < longest else p - overlap
+                end = min(T, start + longest)
+                passes = condition_passes(self.lm, descriptions, end - start, *self._window(chromas, start), guidance,
+                                          two_step)
+                begun = p - (T - bar.total)
 
-            def show(step, steps):      # a window has a few steps more than frames: the delays
-                bar.update(begun + min(step, end - p) - bar.n)
-            codes = generate(self.lm, passes, end - start, [seed + 1_000_003 * window for seed in seeds],
-                             done[..., start:] if p > start else None, guidance, temperature, top_k, top_p, show)
-            done = torch.cat([done, codes[..., p - start:].cpu()], dim=-1)
-        bar.close()
+                def show(step, steps):      # a window has a few steps more than frames: the delays
+                    bar.update(begun + min(step, end - p) - bar.n)
+                    return bool(interrupted)
+                codes = generate(self.lm, passes, end - start, [seed + 1_000_003 * window for seed in seeds],
+                                 done[..., start:] if p > start else None, guidance, temperature, top_k, top_p, show)
+                codes = codes[..., p - start:].cpu()
+                whole = int((codes >= 0).all(1).all(0).cumprod(0).sum())    # all of them, unless interrupted
+                done = torch.cat([done, codes[..., :whole]], dim=-1)
         return done
 
     @torch.inference_mode()
@@ -217,6 +223,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `python sample.py --help` lists all flags")
 
 
+def seconds(text: str) -> float:
+    if not 0 < float(text) <= MAX_DURATION:
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0 and at most {MAX_DURATION:.0f} s")
+    return float(text)
+
+
+def seed(text: str) -> int:
+    if not 0 <= int(text) < 2 ** 62:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more, and below 2 ** 62")
+    return int(text)
+
+
 def parse(argv):
     parser = Parser(description="Text and a melody in, music out.", allow_abbrev=False)
     add = parser.add_argument
@@ -224,11 +242,11 @@ def parse(argv):
     add("--melody", action="append", metavar="FILE", help="melody to follow: one for all texts, or one for each ('' for none)")
     add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="X", help="directory or Hugging Face id (default: the shipped model)")
     add("--out", metavar="FILE", help="wav, flac, ogg or mp3 (default: samples/TEXT.wav); a batch is numbered")
-    add("--duration", type=float, default=10.0, metavar="S", help="seconds, a prompt included (default 10)")
+    add("--duration", type=seconds, default=10.0, metavar="S", help="seconds, a prompt included (default 10)")
     add("--prompt", metavar="FILE", help="recording to continue")
     add("--continue_from", metavar="FILE", help="codes of a take (--save_codes) to continue")
     add("--save_codes", action="store_true", help="write the codes beside the audio, as .npz")
-    add("--seed", type=int, default=None, metavar="N", help="of the first item; the next ones count up (default: 0)")
+    add("--seed", type=seed, default=None, metavar="N", help="of the first item; the next ones count up (default: 0)")
     add("--guidance", type=float, metavar="G", help="classifier-free guidance (default: the model's, 3.0)")
     add("--two_step", action="store_true", help="guidance by two passes, the null text unpadded")
     add("--temperature", type=float, metavar="T", help="default 1.0; 0 is greedy")
@@ -238,6 +256,7 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="float32", choices=list(DTYPES), help="of the language model's weights")
     add("--overwrite", action="store_true", help="replace an existing --out")
+    add("--keep_partial", action="store_true", help="Ctrl-C ends with what is finished, not with nothing")
     add("--export", metavar="DIR", help="write the checkpoint small, as it is shipped (int8 and float16), and stop")
     add("--export_hf", metavar="DIR", help="write the checkpoint for transformers, and stop")
     return parser.parse_args(argv)
@@ -270,15 +289,27 @@ def main(argv):
     model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype)
     if any(melodies) and model.lm.conditioner.melody is None:
         raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody, or take a melody model")
-    chroma = {path: model.melody_chroma(read_audio(path, model.sample_rate, 1), stem=args.stem) for path in set(melodies) if path}
+    heard = args.duration + model.config.segment_duration + 10   # of a recording of hours, no more than can matter
+    chroma = {path: model.melody_chroma(read_audio(path, model.sample_rate, 1, duration=heard), stem=args.stem)
+              for path in set(melodies) if path}
     prompt = None
     if args.prompt:
-        prompt = model.encode_prompt(read_audio(args.prompt, model.sample_rate, model.config.channels), None, len(texts))
+        wav = read_audio(args.prompt, model.sample_rate, model.config.channels, duration=heard)
+        prompt = model.encode_prompt(wav, None, len(texts))
     elif args.continue_from:
         prompt = read_codes(args.continue_from, model.config).expand(len(texts), -1, -1)
     settings = dict(guidance=args.guidance, two_step=args.two_step, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    interrupted = []
+
+    def ask_to_stop(number, frame):
+        interrupted.append(number)
+        signal.signal(number, signal.default_int_handler)   # the second Ctrl-C ends it at once
+    if args.keep_partial:
+        signal.signal(signal.SIGINT, ask_to_stop)
     codes = model.generate_codes(texts, [path and chroma[path] for path in melodies], prompt, args.duration, seeds,
-                                 progress=True, **settings)
+                                 progress=True, interrupted=interrupted, **settings)
+    if not codes.shape[-1]:
+        raise UserError("interrupted before the first frame was whole: nothing is written")
     wav = model.decode(codes, args.duration)
     for i, out in enumerate(outs):
         write_audio(out, wav[i], model.sample_rate)
@@ -286,6 +317,9 @@ def main(argv):
             write_codes(out.with_suffix(".npz"), codes[i])
         write_atomic(out.with_suffix(".json"), describe(args, texts[i], melodies[i], seeds[i], out, model.config).encode())
         print(out)
+    if interrupted:
+        print(f"interrupted: the first {wav.shape[-1] / model.sample_rate:.2f} s are written", file=sys.stderr)
+        sys.exit(130)
 
 
 def output_names(args, texts) -> list[Path]:
@@ -296,22 +330,27 @@ def output_names(args, texts) -> list[Path]:
         from encodec import FORMATS
         if out.suffix.lower() not in FORMATS:
             raise UserError(f"--out {out}: the ending tells the format, one of {' '.join(FORMATS)}")
-        taken = [o for o in outs if o.exists()]
+        taken = [path for o in outs for path in written(o, args) if os.path.lexists(path)]
         if taken and not args.overwrite:
-            raise UserError(f"--out {taken[0]}: exists; choose another name or add --overwrite")
+            raise UserError(f"--out {out}: {taken[0]} exists; choose another name or add --overwrite")
         return outs
     outs = []
     for text in texts:
         stem = re.sub(r"[^\w-]+", "_", text or "music")[:60].strip("_") or "music"
         names = (Path("samples") / f"{stem}{f'_{n}' if n else ''}.wav" for n in range(10 ** 6))
-        outs.append(next(name for name in names if not name.exists() and name not in outs))
+        outs.append(next(name for name in names if not any(map(os.path.lexists, written(name, args))) and name not in outs))
     return outs
+
+
+def written(out: Path, args) -> list[Path]:
+    """All files that an item makes."""
+    return [out, out.with_suffix(".json")] + [out.with_suffix(".npz")] * args.save_codes
 
 
 def describe(args, text, melody, seed, out, config) -> str:
     """The JSON beside a result: what was asked for, with what settings, and the command that does it again."""
     given = {key: value for key, value in vars(args).items() if value not in (None, False)}
-    given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "overwrite")}
+    given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "overwrite", "keep_partial")}
     flags = {**({"text": text} if text else {}), **({"melody": melody} if melody else {}), **given, "seed": seed, "out": str(out)}
     command = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
     used = {name: given.get(name, getattr(config, key)) for name, key in (
@@ -332,7 +371,10 @@ def write_codes(path, codes: torch.Tensor):
 def read_codes(path, config) -> torch.Tensor:
     """Codes (1, K, T) from a file of --save_codes. Raises UserError when it is none of this model's."""
     import numpy as np
+    import zipfile
     try:
+        with zipfile.ZipFile(path) as file:     # a small archive can unpack to anything
+            assert sum(info.file_size for info in file.infolist()) < 2 ** 28, "it claims more than 256 MB"
         with np.load(path, allow_pickle=False) as file:
             codes = torch.from_numpy(file["codes"].astype(np.int64))
     except Exception as error:  # zipfile, zlib and numpy each have their own

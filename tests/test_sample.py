@@ -179,7 +179,7 @@ def test_text_and_melody_make_a_file_and_its_recipe(checkpoint, folder, capsys):
     again = shlex.split(recipe["command"])
     assert again[:2] == ["python", "sample.py"]
     assert command(*again[2:]) == 2 and "exists" in capsys.readouterr().err and out.read_bytes() == first
-    out.unlink()
+    out.unlink(), out.with_suffix(".json").unlink()
     assert command(*again[2:]) == 0 and out.read_bytes() == first, "the command in the JSON makes the same file"
 
 
