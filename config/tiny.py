@@ -41,7 +41,7 @@ qk_layer_norm = True
 cfg_dropout = 0.1
 
 batch_size = 8
-epochs = 3
+epochs = 2
 updates_per_epoch = 500
 optim = "muon"
 lr = 0.02
