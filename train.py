@@ -349,6 +349,8 @@ class TokenSegments:
         self.T, self.grid = config.segment_frames, math.lcm(config.stride, self.hop)
         if split != "train" and not folder.exists():
             return
+        if not (folder / "index.json").is_file():
+            raise UserError(f"data_dir = {config.data_dir!r}: {folder} has no index.json; make it with data/prepare.py")
         index = read_json(folder / "index.json")
         for key in ("n_q", "card", "stride", "sample_rate", "channels", "n_chroma", "radix2_exp"):
             if index.get(key) != getattr(config, key):
