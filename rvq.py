@@ -170,6 +170,11 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process' number among them; 0 is the one that writes files."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
 def _of_all_processes(x):
     """x (n, Z) of each process -> all of them (n * processes, Z), and the slice of it that is this process' own."""
     if process_count() == 1:

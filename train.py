@@ -17,8 +17,6 @@ import re
 import signal
 import sys
 import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -33,17 +31,15 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from chroma import ChromaExtractor, chroma_agreement, separate
-from conditioners import augment_description, drop_conditions, word_dropout
 from config import Config, UserError, load, pick_device, run, write_atomic
+from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, collate, get_batch
 from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
                      generator_losses, mel_loss, open_checkpoint, read_audio, read_json,
                      write_audio, write_tensors)
 from lm import LMModel, read_config
-from rvq import process_count
+from rvq import process_count, rank
 from sample import MusicGen
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-SPLITS = ("train", "valid", "test")
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # === optimizers =================================================================================================
@@ -270,177 +266,6 @@ def build_optimizers(module, extra, config: Config) -> list:
     return optimizers
 
 
-# === data =======================================================================================================
-
-def split_of(data_dir, split: str):
-    """Folder of a split, and a function that picks its part of the names in it.
-
-    train/, valid/ and test/ inside data_dir are the splits. Without them every twentieth name, by its checksum, is
-    for validation and another one for testing.
-    """
-    folder = Path(data_dir)
-    if any((folder / name).is_dir() for name in SPLITS):
-        return folder / split, list
-
-    def part(names):
-        order = sorted(names, key=lambda name: (zlib.crc32(os.fsencode(name)), name))
-        n = max(1, len(order) // 20) if len(order) >= 3 else 0
-        return sorted({"valid": order[:n], "test": order[n:2 * n], "train": order[2 * n:]}[split])
-    return folder, part
-
-
-def pick(sums, rng) -> int:
-    """An index, drawn in proportion to weights of which `sums` are the cumulative sums."""
-    return min(int(np.searchsorted(sums, rng.random() * sums[-1], "right")), len(sums) - 1)
-
-
-class AudioCrops:
-    """Random crops (C, L) of a folder of recordings, any rate and format, at any depth."""
-
-    def __init__(self, config: Config, split: str):
-        import soundfile
-        folder, part = split_of(config.data_dir, split)
-        names = [str(p.relative_to(folder)) for p in folder.rglob("*")
-                 if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
-        self.config, self.paths, self.seconds = config, [], []
-        for name in sorted(part(names)):
-            try:
-                info = soundfile.info(os.fsencode(folder / name))
-                assert info.frames > 0, "empty"
-                self.paths.append(folder / name)
-                self.seconds.append(info.frames / info.samplerate)
-            except (RuntimeError, OSError, AssertionError) as error:
-                print(f"skipped {folder / name}: {error}", file=sys.stderr)
-        if split == "train" and not self.paths:
-            raise UserError(f"data_dir = {config.data_dir!r}: no readable {' '.join(SUFFIXES)} files to train on")
-        self.sums = np.cumsum(np.maximum(self.seconds, config.segment_duration))  # all seconds of music alike
-
-    def __len__(self):
-        return len(self.paths)
-
-    def item(self, rng, train: bool) -> dict:
-        """One crop of segment_duration; a shorter file is followed by silence, a damaged one gives way to another."""
-        config = self.config
-        for attempt in range(20):
-            n = pick(self.sums, rng)
-            start = rng.random() * max(0.0, self.seconds[n] - config.segment_duration)
-            start = int(start * config.sample_rate) / config.sample_rate
-            try:
-                crop = read_audio(self.paths[n], config.sample_rate, config.channels, start, config.segment_duration)
-                break
-            except UserError as error:
-                print(f"skipped: {error}", file=sys.stderr)
-                if attempt == 19:
-                    raise
-        L = round(config.segment_duration * config.sample_rate)
-        wav = F.pad(crop, (0, max(0, L - crop.shape[1])))[:, :L]
-        return {"wav": wav, "where": f"{self.paths[n]} at {start:.3f} s"}
-
-
-class TokenSegments:
-    """Random segments of the tracks that data/prepare.py prepared, read from its memory-mapped shards.
-
-    Segments start where a code frame and a chroma frame fall on the same sample: every lcm(stride, hop) samples.
-    """
-
-    def __init__(self, config: Config, split: str):
-        folder, part = split_of(config.data_dir, split)
-        self.config, self.hop, self.tracks = config, 2 ** config.radix2_exp // 4, []
-        self.T, self.grid = config.segment_frames, math.lcm(config.stride, self.hop)
-        if split != "train" and not folder.exists():
-            return
-        if not (folder / "index.json").is_file():
-            raise UserError(f"data_dir = {config.data_dir!r}: {folder} has no index.json; make it with data/prepare.py")
-        index = read_json(folder / "index.json")
-        for key in ("n_q", "card", "stride", "sample_rate", "channels", "n_chroma", "radix2_exp"):
-            if index.get(key) != getattr(config, key):
-                raise UserError(f"{folder}: prepared with {key} = {index.get(key)}, the configuration says "
-                                f"{getattr(config, key)}; prepare it again, or train with what it has")
-        try:
-            self.shards = [(memmap(folder / f"codes.{n:05d}.u16", np.uint16).reshape(-1, config.n_q),
-                            memmap(folder / f"chroma.{n:05d}.u8", np.uint8)) for n in range(index["shards"])]
-            kept = set(part([t["file"] for t in index["tracks"]]))
-            tracks = [t for t in index["tracks"] if t["file"] in kept]
-            for t in tracks:
-                codes, chroma = self.shards[t["shard"]]
-                assert 0 <= t["codes_start"] <= len(codes) - t["frames"], t["file"]
-                assert 0 <= t["chroma_start"] <= len(chroma) - t["chroma_frames"], t["file"]
-            self.tracks = [t for t in tracks if t["frames"] >= self.T and t["weight"] > 0]
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
-            raise UserError(f"{folder}: index and shards do not fit ({error!r}); prepare it again") from None
-        if len(self.tracks) < len(tracks) and is_main():
-            print(f"{folder}: {len(tracks) - len(self.tracks)} of {len(tracks)} tracks are left out: shorter than "
-                  f"segment_duration = {config.segment_duration} s, or of weight 0", file=sys.stderr)
-        if split == "train" and not self.tracks:
-            raise UserError(f"{folder}: no track has segment_duration = {config.segment_duration} s; lower it")
-        self.sums = np.cumsum([t["frames"] * t["weight"] for t in self.tracks])
-
-    def __len__(self):
-        return len(self.tracks)
-
-    def item(self, rng, train: bool) -> dict:
-        """A random segment; in training with its conditions augmented and dropped at random."""
-        track = self.tracks[pick(self.sums, rng)]
-        places = (track["frames"] - self.T) * self.config.stride // self.grid + 1
-        return self.segment(track, int(rng.integers(places)) * self.grid, rng if train else None)
-
-    def segment(self, track: dict, start: int, rng=None) -> dict:
-        """Codes (K, T), text, chroma (M, Q) and has_melody of a track from sample `start` on."""
-        config, where = self.config, f"{track['file']} at {start / self.config.sample_rate:.3f} s"
-        all_codes, all_chroma = self.shards[track["shard"]]
-        codes = all_codes[track["codes_start"] + start // config.stride:][:self.T].T.astype(np.int64)
-        if codes.max() >= config.card:
-            raise UserError(f"{where}: has codes beyond card = {config.card}; the shard is damaged, prepare it again")
-        chroma, frames = torch.zeros(config.chroma_frames, config.n_chroma), track["chroma_frames"]
-        has_melody, text = frames > 0 and config.melody != "none", track["meta"].get("description")
-        if has_melody:  # repeats from the track's start should it end first, as in sampling
-            places = track["chroma_start"] + (start // self.hop + np.arange(len(chroma))) % frames
-            chroma[torch.arange(len(chroma)), torch.from_numpy(all_chroma[places].astype(np.int64))] = 1.0
-        if rng is not None:
-            text = word_dropout(augment_description(track["meta"], config, rng), config.word_dropout, rng)
-            text, has_melody = drop_conditions(text, has_melody, config, rng)
-        return {"codes": torch.from_numpy(codes), "text": text, "chroma": chroma,
-                "has_melody": torch.tensor(has_melody), "where": where}
-
-
-def memmap(path, dtype):
-    """A file as an array that is read from the disk where it is touched."""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
-
-
-def get_batch(data, config: Config, update: int, micro: int = 0, split: str = "train") -> dict:
-    """This process' share of a micro-batch. Item i of update u is drawn from (seed, u, i), i over all processes."""
-    size = config.batch_size // (config.grad_accum * process_count())
-    first = (micro * process_count() + rank()) * size
-    return collate([data.item(np.random.default_rng([config.seed, SPLITS.index(split), update, first + j]),
-                              split == "train") for j in range(size)])
-
-
-def collate(items: list[dict]) -> dict:
-    """Items -> a batch: tensors stacked, the rest as lists."""
-    return {key: torch.stack([item[key] for item in items]) if torch.is_tensor(items[0][key]) else
-            [item[key] for item in items] for key in items[0]}
-
-
-class Prefetcher:
-    """Reads the batches of the next updates in a thread while this update is computed, and measures the waiting."""
-
-    def __init__(self, data, config: Config, ahead: int = 2):
-        self.data, self.config, self.ahead, self.waited = data, config, ahead, 0.0
-        self.pool, self.pending = ThreadPoolExecutor(1), {}
-
-    def __call__(self, update: int) -> list[dict]:
-        """The micro-batches of an update."""
-        for u in range(update, min(update + 1 + self.ahead, self.config.total_updates)):
-            if u not in self.pending:
-                self.pending[u] = self.pool.submit(lambda u: [get_batch(self.data, self.config, u, micro)
-                                                              for micro in range(self.config.grad_accum)], u)
-        start = time.perf_counter()
-        batches = self.pending.pop(update).result()
-        self.waited += time.perf_counter() - start
-        return batches
-
-
 # === what is trained: two classes with the same methods =========================================================
 
 class CodecTraining:
@@ -647,14 +472,6 @@ def codebook_use(config: Config, used) -> dict:
 
 # === processes, precision ========================================================================================
 
-def rank() -> int:
-    return dist.get_rank() if process_count() > 1 else 0
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
 def over_processes(tensor, how=dist.ReduceOp.SUM):
     """The sum (or other combination) of a tensor over all processes, in place."""
     if process_count() > 1:
@@ -700,7 +517,7 @@ def gather(tensors: dict) -> dict:
     whole = {}
     for name, tensor in tensors.items():
         tensor = full(tensor)  # one at a time
-        if is_main():
+        if rank() == 0:
             whole[name] = tensor.detach().to("cpu", copy=True)
     return whole
 
@@ -738,7 +555,7 @@ def save_state(path: Path, task, optimizers, ema, scaler, update: int):
     for optimizer in optimizers:
         tensors |= {f"optim.{names[p]}.{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
     tensors = gather(tensors)
-    if is_main():
+    if rank() == 0:
         info = {"update": update, "ema_count": ema.count, "scaler": scaler.state_dict()}
         write_tensors(path, tensors, {"info": json.dumps(info)})
 
@@ -766,7 +583,7 @@ def export(out: Path, task, ema):
     """model.safetensors: the averaged weights under the names that from_pretrained reads, adapters merged."""
     tensors = gather({name: ema.average.get(name, t) for name, t in task.module.state_dict().items()})
     tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)  # is shared.weight
-    if is_main():
+    if rank() == 0:
         write_tensors(out / "model.safetensors", merge_lora(tensors, task.config))
 
 
@@ -837,7 +654,7 @@ def train(config: Config, resume: bool = False, interrupted=()):
             export(out, task, ema)
         if held_out and every(done, config.sample_every):
             export(out, task, ema)
-            if is_main():
+            if rank() == 0:
                 log.line({"update": done, "split": "samples", **task.samples(out, done)})
         if stop:
             break
@@ -870,7 +687,7 @@ def open_run(out: Path, task, resume: bool, load) -> int:
         raise UserError(f"out_dir = {config.out_dir!r} already holds a model; " + (
             "add --resume to continue it, or choose another out_dir" if state.exists() else "choose another out_dir"))
     first = load() if resume and state.exists() else 0
-    if is_main():
+    if rank() == 0:
         if first:
             old, new = dataclasses.asdict(Config.from_json(out / "config.json")), dataclasses.asdict(config)
             for key in (key for key in new if old[key] != new[key]):
@@ -921,8 +738,8 @@ class Log:
     def __init__(self, out: Path, config: Config, first: int):
         self.path, self.sums, self.board, self.start = out / "metrics.jsonl", {}, None, time.perf_counter()
         self.tokens, self.since, self.last = config.batch_size * config.n_q * config.segment_frames, self.start, first
-        self.bar = tqdm(total=config.total_updates, initial=first, disable=None if is_main() else True)
-        if is_main():
+        self.bar = tqdm(total=config.total_updates, initial=first, disable=None if rank() == 0 else True)
+        if rank() == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(out / "tensorboard", purge_step=first)
@@ -950,7 +767,7 @@ class Log:
         self.line({"update": update, "split": "train", **line})
 
     def line(self, line: dict):
-        if not is_main():
+        if not rank() == 0:
             return
         line = {key: rounded(value) for key, value in line.items()}
         with open(self.path, "a", encoding="utf-8") as file:

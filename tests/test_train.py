@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import train as training
 from config import Config, UserError
+from data.segments import SPLITS, AudioCrops, TokenSegments, get_batch
 from encodec import EncodecModel
 from lm import LMModel
 
@@ -318,8 +319,9 @@ def test_a_damaged_checkpoint_is_named(lm_run, data, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(data, tmp_path, dtype):
-    changes = dict(optim="adamw", lr=1e30, warmup=0, save_every=1, dtype=dtype)
+    changes = dict(optim="adamw", warmup=0, save_every=1, dtype=dtype)
     config = Config(**settings(data, tmp_path / "out", "lm", **changes))
+    config.lr = 1e30  # more than a configuration may say
     with pytest.raises(UserError, match=r"update 1: the loss is not finite.*\.wav at"):
         training.train(config)
     assert all(t.isfinite().all() for t in state(config.out_dir).values())
@@ -332,13 +334,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(data,
 
 def test_segments_lie_where_codes_and_chroma_meet_and_follow_the_weights(data, tmp_path):
     config = Config(**settings(data, "out", "lm"))
-    tokens = training.TokenSegments(config, "train")
+    tokens = TokenSegments(config, "train")
     item = tokens.segment(tokens.tracks[0], 3 * tokens.grid)
     codes = np.fromfile(data / "tokens" / "codes.00000.u16", np.uint16).reshape(-1, 2)
     chroma = np.fromfile(data / "tokens" / "chroma.00000.u8", np.uint8)
     track = tokens.tracks[0]
     assert tokens.grid == 16
-    assert sum(len(training.TokenSegments(config, split)) for split in training.SPLITS) == 8
+    assert sum(len(TokenSegments(config, split)) for split in SPLITS) == 8
     assert (item["codes"].T.numpy() == codes[track["codes_start"] + 6:][:32]).all()
     assert (item["chroma"].argmax(-1).numpy()[:10] == chroma[track["chroma_start"] + 3:][:10]).all()
     drawn = [tokens.item(np.random.default_rng([0, n]), True)["where"].split()[0] for n in range(600)]
@@ -349,21 +351,28 @@ def test_segments_lie_where_codes_and_chroma_meet_and_follow_the_weights(data, t
 
 def test_items_depend_on_seed_update_and_number_alone(data):
     config = Config(**settings(data, "out", "lm"))
-    tokens = training.TokenSegments(config, "train")
-    whole = training.get_batch(tokens, config, 5)
-    halves = [training.get_batch(tokens, dataclasses.replace(config, grad_accum=2), 5, micro) for micro in (0, 1)]
+    tokens = TokenSegments(config, "train")
+    whole = get_batch(tokens, config, 5)
+    halves = [get_batch(tokens, dataclasses.replace(config, grad_accum=2), 5, micro) for micro in (0, 1)]
     assert torch.equal(whole["codes"], torch.cat([half["codes"] for half in halves]))
     assert whole["where"] == halves[0]["where"] + halves[1]["where"]
-    assert whole["where"] != training.get_batch(tokens, config, 6)["where"]
+    assert whole["where"] != get_batch(tokens, config, 6)["where"]
 
 
 def test_data_of_other_settings_are_refused(data):
     with pytest.raises(UserError, match="card = 16"):
-        training.TokenSegments(Config(**settings(data, "out", "lm", card=32)), "train")
+        TokenSegments(Config(**settings(data, "out", "lm", card=32)), "train")
     with pytest.raises(UserError, match="segment_duration"):
-        training.TokenSegments(Config(**settings(data, "out", "lm", segment_duration=10.0)), "train")
+        TokenSegments(Config(**settings(data, "out", "lm", segment_duration=10.0)), "train")
     with pytest.raises(UserError, match="no readable"):
-        training.AudioCrops(Config(**settings(data, "out", "codec", data_dir="nowhere")), "train")
+        AudioCrops(Config(**settings(data, "out", "codec", data_dir="nowhere")), "train")
+
+
+def test_melody_stems_are_no_recordings_of_their_own(data, tmp_path):
+    shutil.copytree(data / "audio" / "deep", tmp_path / "train")
+    shutil.copytree(data / "audio" / "deep", tmp_path / "train" / "melodies")
+    crops = AudioCrops(Config(**settings(data, "out", "codec", data_dir=str(tmp_path))), "train")
+    assert [path.parent.name for path in crops.paths] == 6 * ["train"]
 
 
 # --- fine-tuning, plan, evaluation --------------------------------------------------------------------------------
