@@ -107,8 +107,9 @@ class T5Conditioner(nn.Module):
         ids, mask = self.tokenize([(text or "").encode(errors="replace").decode() for text in texts])  # (B, P)
         ids, mask = ids.to(device), mask.to(device)
         given = torch.tensor([bool(text) for text in texts]).to(device)[:, None]       # (B, 1)
-        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            # a text that is not given may be run over its end token: a row without any token would give NaN
+        # T5 stays in float32: its feed-forward leaves the range of float16. A text that is not given is run over its
+        # end token all the same: a row without any token would give NaN.
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()), torch.autocast(device.type, enabled=False):
             hidden = self.encoder()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         frames = self.proj(hidden.to(self.proj.weight.dtype))                          # (B, P, D)
         return frames * (mask & given)[..., None].to(frames.dtype), mask

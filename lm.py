@@ -429,61 +429,46 @@ def generate(lm: LMModel, passes: list[Conditions], T: int, seeds: list[int], pr
         previous = step
         if progress is not None and progress(step - first + 1, S - first):
             break
-    codes, found = lm.pattern.revert(sequence, T, lm.special)
-    return codes
+    return lm.pattern.revert(sequence, T, lm.special)[0]
 
 
 # --- Checkpoints: names here, in transformers, in the original --------------------------------------------------------
 
-# {n} is the layer. Where we pack tensors that others keep apart, all their names are given, in the packed order.
-NAMES = [
-    # ours                               transformers                                             the original
-    ("emb.weight",                       "decoder.model.decoder.embed_tokens.{k}.weight",         "emb.{k}.weight"),
-    ("layers.{n}.norm1.{p}",             "decoder.model.decoder.layers.{n}.self_attn_layer_norm.{p}",
-                                                                                  "transformer.layers.{n}.norm1.{p}"),
-    ("layers.{n}.attn.qkv.weight",       "decoder.model.decoder.layers.{n}.self_attn.{qkv}_proj.weight",
-                                                                                  "transformer.layers.{n}.self_attn.in_proj_weight"),
-    ("layers.{n}.attn.out.weight",       "decoder.model.decoder.layers.{n}.self_attn.out_proj.weight",
-                                                                                  "transformer.layers.{n}.self_attn.out_proj.weight"),
-    ("layers.{n}.norm_cross.{p}",        "decoder.model.decoder.layers.{n}.encoder_attn_layer_norm.{p}",
-                                                                                  "transformer.layers.{n}.norm_cross.{p}"),
-    ("layers.{n}.cross.qkv.weight",      "decoder.model.decoder.layers.{n}.encoder_attn.{qkv}_proj.weight",
-                                                                                  "transformer.layers.{n}.cross_attention.in_proj_weight"),
-    ("layers.{n}.cross.out.weight",      "decoder.model.decoder.layers.{n}.encoder_attn.out_proj.weight",
-                                                                                  "transformer.layers.{n}.cross_attention.out_proj.weight"),
-    ("layers.{n}.norm2.{p}",             "decoder.model.decoder.layers.{n}.final_layer_norm.{p}",
-                                                                                  "transformer.layers.{n}.norm2.{p}"),
-    ("layers.{n}.ff1.weight",            "decoder.model.decoder.layers.{n}.fc1.weight",
-                                                                                  "transformer.layers.{n}.linear1.weight"),
-    ("layers.{n}.ff2.weight",            "decoder.model.decoder.layers.{n}.fc2.weight",
-                                                                                  "transformer.layers.{n}.linear2.weight"),
-    ("out_norm.{p}",                     "decoder.model.decoder.layer_norm.{p}",                  "out_norm.{p}"),
-    ("heads.weight",                     "decoder.lm_heads.{k}.weight",                           "linears.{k}.weight"),
-    ("conditioner.text.proj.{p}",        "enc_to_dec_proj.{p}",
-                                                          "condition_provider.conditioners.description.output_proj.{p}"),
-    ("conditioner.melody.proj.{p}",      "audio_enc_to_dec_proj.{p}",
-                                                          "condition_provider.conditioners.self_wav.output_proj.{p}"),
+# Where we pack tensors that others keep apart, theirs are one for each codebook {k}, or q, k and v, in packed order.
+NAMES = [  # * stands for a layer: layers.{n}., decoder.model.decoder.layers.{n}., transformer.layers.{n}.
+    # ours                          transformers                                    the original
+    ("emb.weight",                  "decoder.model.decoder.embed_tokens.{k}.weight", "emb.{k}.weight"),
+    ("*norm1.{p}",                  "*self_attn_layer_norm.{p}",                    "*norm1.{p}"),
+    ("*attn.qkv.weight",            "*self_attn.{qkv}_proj.weight",                 "*self_attn.in_proj_weight"),
+    ("*attn.out.weight",            "*self_attn.out_proj.weight",                   "*self_attn.out_proj.weight"),
+    ("*norm_cross.{p}",             "*encoder_attn_layer_norm.{p}",                 "*norm_cross.{p}"),
+    ("*cross.qkv.weight",           "*encoder_attn.{qkv}_proj.weight",              "*cross_attention.in_proj_weight"),
+    ("*cross.out.weight",           "*encoder_attn.out_proj.weight",                "*cross_attention.out_proj.weight"),
+    ("*norm2.{p}",                  "*final_layer_norm.{p}",                        "*norm2.{p}"),
+    ("*ff1.weight",                 "*fc1.weight",                                  "*linear1.weight"),
+    ("*ff2.weight",                 "*fc2.weight",                                  "*linear2.weight"),
+    ("out_norm.{p}",                "decoder.model.decoder.layer_norm.{p}",         "out_norm.{p}"),
+    ("heads.weight",                "decoder.lm_heads.{k}.weight",                  "linears.{k}.weight"),
+    ("conditioner.text.proj.{p}",   "enc_to_dec_proj.{p}",
+     "condition_provider.conditioners.description.output_proj.{p}"),
+    ("conditioner.melody.proj.{p}", "audio_enc_to_dec_proj.{p}",
+     "condition_provider.conditioners.self_wav.output_proj.{p}"),
 ]
 
 
-def name_table(config: Config, original: bool) -> dict[str, list[str]]:
+def name_table(lm: LMModel, original: bool) -> dict[str, list[str]]:
     """Our tensor names -> the foreign names of the tensors packed in each, in packed order, for this model."""
-    table = {}
-    for ours, transformers_name, original_name in NAMES:
-        if ".cross." in ours or "norm_cross" in ours:
-            if "cross" not in (config.text, config.melody):
-                continue
-        if ours.startswith("conditioner.text") and config.text == "none" or (
-                ours.startswith("conditioner.melody") and config.melody == "none"):
-            continue
-        theirs = original_name if original else transformers_name
-        for n in range(config.num_layers) if "{n}" in ours else [0]:
-            for p in ("weight", "bias") if "{p}" in ours else [""]:
+    table, own = {}, lm.state_dict()
+    for row in NAMES:
+        ours, transformers, the_original = (name.replace("*", layer) for name, layer in zip(row, (
+            "layers.{n}.", "decoder.model.decoder.layers.{n}.", "transformer.layers.{n}.")))
+        theirs = the_original if original else transformers
+        for n in range(lm.config.num_layers) if "{n}" in ours else [0]:
+            for p in ("weight", "bias"):
                 parts = [theirs.format(n=n, p=p, k=k, qkv=qkv)
-                         for k in (range(config.n_q) if "{k}" in theirs else [0])
-                         for qkv in ("qkv" if "{qkv}" in theirs else " ")]
-                table[ours.format(n=n, p=p)] = parts
-    return table
+                         for k in range(lm.config.n_q) for qkv in "qkv"]
+                table[ours.format(n=n, p=p)] = list(dict.fromkeys(parts))
+    return {ours: parts for ours, parts in table.items() if ours in own}
 
 
 def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where) -> dict[str, torch.Tensor]:
@@ -535,7 +520,7 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
         shapes = {name: value.shape for name, value in lm.state_dict().items()}
         skip = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.")
         found = ((name, t) for name, t in read_tensors(directory) if not name.startswith(skip))
-        tensors = pack(found, name_table(config, origin == "original"), shapes, dtype, directory)
+        tensors = pack(found, name_table(lm, origin == "original"), shapes, dtype, directory)
     load_strict(lm, tensors, directory)
     return lm.eval()
 
@@ -633,7 +618,7 @@ def export_transformers(lm: LMModel, codec, directory):
 
     tensors = {}
     ours = lm.state_dict()
-    for name, parts in name_table(c, original=False).items():
+    for name, parts in name_table(lm, original=False).items():
         tensors |= zip(parts, ours[name].chunk(len(parts)))
     t5 = lm.conditioner.text.encoder()
     tensors |= {f"text_encoder.{name}": t for name, t in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}

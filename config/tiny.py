@@ -42,7 +42,7 @@ cfg_dropout = 0.1
 
 batch_size = 8
 epochs = 2
-updates_per_epoch = 500
+updates_per_epoch = 400
 optim = "muon"
 lr = 0.02
 weight_decay = 0.0

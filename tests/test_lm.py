@@ -26,7 +26,7 @@ def arrays(name):
 def golden_model(z, prefix, text):
     config = dataclasses.replace(TINY, text=text, melody="none")
     lm = L.LMModel(config)
-    table = {ours: parts for ours, parts in L.name_table(config, original=True).items() if "conditioner" not in ours}
+    table = {ours: parts for ours, parts in L.name_table(lm, original=True).items() if "conditioner" not in ours}
     tensors = ((key[len(prefix + "state."):], value) for key, value in z.items() if key.startswith(prefix + "state."))
     packed = L.pack(tensors, table, {n: t.shape for n, t in lm.state_dict().items()}, None, "golden")
     lm.load_state_dict(packed, strict=False)

@@ -222,7 +222,7 @@ def test_the_originals_own_format(tmp_path):
     """state_dict.bin with best_state and a YAML configuration, the codec beside it."""
     import yaml
     m = model(text="none")
-    names = L.name_table(m.config, original=True)
+    names = L.name_table(m.lm, original=True)
     state = {part: piece.clone() for ours, parts in names.items() for part, piece in zip(parts, m.lm.state_dict()[ours].chunk(len(parts)))}
     c = m.config
     tree = dict(
