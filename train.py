@@ -40,7 +40,6 @@ from lm import LMModel, read_config
 from rvq import process_count, rank
 from sample import MusicGen
 
-AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # === optimizers =================================================================================================
 
@@ -64,11 +63,11 @@ def local(tensors):
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
-def add_over_shards(sums, like):
-    """Adds `sums` up over the processes that hold the other shards of `like`; as it is when nothing is sharded."""
-    if hasattr(like, "device_mesh"):
-        dist.all_reduce(sums, group=like.device_mesh.get_group())
-    return sums
+def sum_of_squares(tensors, a):
+    """sum(x^2 / a) over all entries of all tensors."""
+    ratio = torch._foreach_div(tensors, a)
+    torch._foreach_mul_(ratio, tensors)
+    return torch.stack(torch._foreach_norm(ratio, 1)).sum()  # nothing is negative: the 1-norm is the sum
 
 
 class DAdaptAdam(torch.optim.Optimizer):
@@ -103,8 +102,6 @@ class DAdaptAdam(torch.optim.Optimizer):
         if group["lr"] == 0:
             return  # the first update of a warm-up: not even the moments change
         params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
         for p in params:
             if not self.state[p]:
                 self.state[p].update({key: torch.zeros_like(p) for key in "mvs"})
@@ -117,18 +114,15 @@ class DAdaptAdam(torch.optim.Optimizer):
         torch._foreach_addcmul_(v, g, g, 1 - b2)
         a = torch._foreach_sqrt(v)
         torch._foreach_add_(a, group["eps"])
-        ratio = torch._foreach_div(g, a)
-        torch._foreach_mul_(ratio, g)
-        g_sum = torch.stack(torch._foreach_norm(ratio, 1)).sum()  # nothing is negative: the 1-norm is the sum
+        sums = [sum_of_squares(g, a)]
         step = torch._foreach_mul(g, lam)
         for moment, beta in ((m, b1), (s, b2)):
             torch._foreach_mul_(moment, beta)
             torch._foreach_add_(moment, step, alpha=1 - beta)
-        ratio = torch._foreach_div(s, a)
-        torch._foreach_mul_(ratio, s)
-        s_sum = torch.stack(torch._foreach_norm(ratio, 1)).sum()
-        s_size = torch.stack(torch._foreach_norm(s, 1)).sum()
-        g_sum, s_sum, s_size = add_over_shards(torch.stack([g_sum, s_sum, s_size]), params[0])
+        sums = torch.stack(sums + [sum_of_squares(s, a), torch.stack(torch._foreach_norm(s, 1)).sum()])
+        if hasattr(params[0], "device_mesh"):  # other processes hold the other shards
+            dist.all_reduce(sums, group=params[0].device_mesh.get_group())
+        g_sum, s_sum, s_size = sums
 
         seen = s_size > 0  # as long as every gradient was zero, nothing happens
         r_next = b2 * r + (1 - b2) * lam ** 2 * g_sum
@@ -204,35 +198,35 @@ class EMA:
     def __init__(self, module, decay=0.99, unbiased=True):
         self.module, self.decay, self.unbiased, self.count = module, decay, unbiased, 0.0
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}  # they are their own average
-        self.names = [n for n, value in module.state_dict().items() if value.is_floating_point() and n not in frozen]
-        self.average = {name: value.float().clone() for name, value in self.values().items()}
+        self.average = {name: value.float().clone() for name, value in module.state_dict().items()
+                        if value.is_floating_point() and name not in frozen}
 
     def values(self):
-        """Name -> tensor, the module's own storage (shards under fully_shard)."""
+        """What is averaged: the module's own storage."""
         state = self.module.state_dict()
-        return {name: state[name].detach() for name in self.names}
+        return local(state[name] for name in self.average)
 
     @torch.no_grad()
     def update(self):
         if self.unbiased:
             self.count = self.decay * self.count + 1
         weight = 1 / self.count if self.unbiased else 1 - self.decay
-        torch._foreach_lerp_(local(self.average.values()), local(v.float() for v in self.values().values()), weight)
+        torch._foreach_lerp_(local(self.average.values()), [value.float() for value in self.values()], weight)
 
     @torch.no_grad()
     def copy_to_module(self):
-        torch._foreach_copy_(local(self.values().values()), local(self.average.values()))
+        torch._foreach_copy_(self.values(), local(self.average.values()))
 
     @contextmanager
     def swap(self):
         """Inside `with ema.swap():` the module has the averaged weights."""
-        kept = [value.clone() for value in self.values().values()]
+        kept = [value.clone() for value in self.values()]
         self.copy_to_module()
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(local(self.values().values()), local(kept))
+                torch._foreach_copy_(self.values(), kept)
 
 
 TABLES = r"(^|\.)(emb|heads|proj|shared|embed_tokens|relative_attention_bias)\."  # and heads: no hidden matrices
@@ -288,20 +282,20 @@ class CodecTraining:
         self.adversarial = bool(config.adv or config.feat)
         if self.adversarial:
             self.extra["discriminator"] = MultiScaleSTFTDiscriminator(config).to(device)
-        self.decoder_only_from = config.total_updates - config.decoder_only_steps
+            self.discriminate = wrap(self.extra["discriminator"], config)
+        self.frozen = None
 
-    def prepare(self, update: int):
-        """Everything into its mode for this update. In the last part the encoder and its codes are frozen."""
-        frozen = update >= self.decoder_only_from
+    def prepare(self, update: int, ema):
+        """Into the mode for this update: in the last part, the decoder alone learns from the averaged encoder's codes."""
+        left = self.config.total_updates - update
+        if left == self.config.decoder_only_steps:
+            ema.copy_to_module()
+        frozen = left <= self.config.decoder_only_steps
         self.module.train()
         self.module.encoder.train(not frozen).requires_grad_(not frozen)
         self.module.quantizer.train(not frozen)
-
-    def parallel(self):
-        """Wraps for several processes what `loss` calls."""
-        self.forward = wrap(self.module, self.config)
-        if self.adversarial:
-            self.discriminate = wrap(self.extra["discriminator"], self.config)
+        if frozen != self.frozen:  # DDP asks only once what has gradients
+            self.frozen, self.forward = frozen, wrap(self.module, self.config)
 
     def loss(self, batch: dict, update: int):
         """A batch -> (what to call backward on, {name: number to log})."""
@@ -382,16 +376,14 @@ class LMTraining:
         if config.lora_rank:
             add_lora(self.module, config)
         self.module.to(device)
-        self.extra, self.decoder_only_from = nn.ModuleDict(), math.inf
-
-    def prepare(self, update: int):
-        self.module.train()
-
-    def parallel(self):
-        if self.config.compile:  # layer by layer: they are all alike, and compile once
+        self.extra = nn.ModuleDict()
+        if config.compile:  # layer by layer: they are all alike, and compile once
             for layer in self.module.layers:
                 layer.compile()
-        self.forward = wrap(LMLoss(self.module), self.config, self.module.layers)
+        self.forward = wrap(LMLoss(self.module), config, self.module.layers)
+
+    def prepare(self, update: int, ema):
+        self.module.train()
 
     def loss(self, batch: dict, update: int):
         """A batch -> (cross-entropy to call backward on, {name: number to log})."""
@@ -481,7 +473,7 @@ def over_processes(tensor, how=dist.ReduceOp.SUM):
 
 def autocast(device, dtype: str):
     """Half precision for the operations that bear it; the weights stay float32."""
-    return nullcontext() if AUTOCAST[dtype] is None else torch.autocast(device.type, AUTOCAST[dtype])
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
 
 
 def wrap(module, config: Config, layers=()):
@@ -595,16 +587,17 @@ def train(config: Config, resume: bool = False, interrupted=()):
     Raises UserError when the configuration does not fit, and at the first loss or gradient that is not finite.
     """
     device, out, total = start_processes(config), Path(config.out_dir), config.total_updates
+    state = out / "state.safetensors"
+    resume = resume and state.exists()
+    if (out / "model.safetensors").exists() and not resume:
+        raise UserError(f"out_dir = {config.out_dir!r} already holds a model; choose another out_dir"
+                        f"{', or add --resume to continue it' if state.exists() else ''}")
     torch.manual_seed(config.seed)
     task = (CodecTraining if config.task == "codec" else LMTraining)(config, device)
-    task.prepare(0)
-    task.parallel()
     ema, optimizers = EMA(task.module, config.ema_decay), build_optimizers(task.module, task.extra, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    first = open_run(out, task, resume, lambda: load_state(out / "state.safetensors", task, optimizers, ema, scaler))
-    if first > task.decoder_only_from:
-        task.prepare(first)
-        task.parallel()
+    first = load_state(state, task, optimizers, ema, scaler) if resume else 0
+    open_run(out, task, first)
     log = Log(out, config, first)
     batches = Prefetcher(task.train_data, config)
 
@@ -612,11 +605,7 @@ def train(config: Config, resume: bool = False, interrupted=()):
         # 1. segments of music from the files: codes (B, K, T), texts, chroma (B, M, Q)  [codec: wav (B, C, L)]
         micro_batches = batches(update)
         torch.manual_seed(config.seed * 1_000_003 + update * process_count() + rank())  # dropouts in the network
-        if update == task.decoder_only_from:  # the decoder is tuned on the codes of the averaged encoder
-            ema.copy_to_module()
-        task.prepare(update)
-        if update == task.decoder_only_from:
-            task.parallel()
+        task.prepare(update, ema)
         watched = 0.0
         for micro, batch in enumerate(micro_batches):
             with last_only(task.forward, micro + 1 == len(micro_batches)):
@@ -650,7 +639,7 @@ def train(config: Config, resume: bool = False, interrupted=()):
                 task.module.eval()
                 log.line({"update": done, "split": "valid", **task.validate()})
         if every(done, config.save_every) or last:
-            save_state(out / "state.safetensors", task, optimizers, ema, scaler, done)
+            save_state(state, task, optimizers, ema, scaler, done)
             export(out, task, ema)
         if held_out and every(done, config.sample_every):
             export(out, task, ema)
@@ -680,13 +669,9 @@ def start_processes(config: Config) -> torch.device:
     return device
 
 
-def open_run(out: Path, task, resume: bool, load) -> int:
-    """Makes out_dir ready -> the first update. Never starts over what is already there."""
-    state, config = out / "state.safetensors", task.config
-    if (out / "model.safetensors").exists() and not (resume and state.exists()):
-        raise UserError(f"out_dir = {config.out_dir!r} already holds a model; " + (
-            "add --resume to continue it, or choose another out_dir" if state.exists() else "choose another out_dir"))
-    first = load() if resume and state.exists() else 0
+def open_run(out: Path, task, first: int):
+    """Makes out_dir ready: configuration, codec, and the metrics up to the first update."""
+    config = task.config
     if rank() == 0:
         if first:
             old, new = dataclasses.asdict(Config.from_json(out / "config.json")), dataclasses.asdict(config)
@@ -703,7 +688,6 @@ def open_run(out: Path, task, resume: bool, load) -> int:
         write_atomic(metrics, "".join(line + "\n" for line in kept).encode())
     if process_count() > 1:
         dist.barrier()
-    return first
 
 
 def every(update: int, period: int) -> bool:
