@@ -286,7 +286,7 @@ class CodecTraining:
         self.frozen = None
 
     def prepare(self, update: int, ema):
-        """Into the mode for this update: in the last part, the decoder alone learns from the averaged encoder's codes."""
+        """Into the mode for this update: in the last part only the decoder learns, on the averaged encoder's codes."""
         left = self.config.total_updates - update
         if left == self.config.decoder_only_steps:
             ema.copy_to_module()
@@ -328,17 +328,15 @@ class CodecTraining:
         config, sums, used = self.config, torch.zeros(4, device=self.device), 0
         for n in range(config.valid_batches):
             wav = get_batch(self.valid_data, config, n, split="valid")["wav"].to(self.device)
-            codes = self.module.encode(wav)
-            output = self.module.decode(codes)[..., :wav.shape[-1]]
+            output, quality, counts = reconstruct(self.module, wav)
             agree = chroma_agreement(chroma_of(config, wav), chroma_of(config, output))
-            sums += sums.new_tensor([si_snr(wav, output).mean(), mel_loss(config, wav, output), agree, 1])
-            used = used + usage_counts(codes, config.card)
+            sums, used = sums + sums.new_tensor([*quality, agree, 1]), used + counts
         si, mel, agree, n = over_processes(sums).tolist()
-        used = over_processes(used)
         # live: by the codebooks' own long average; a validation of fewer frames than entries cannot meet them all
         counts = torch.stack([book.cluster_size for book in self.module.quantizer.codebooks])
         live = (counts > 0.01 * counts.mean(1, keepdim=True)).float().mean(1).tolist()
-        return {"si_snr": si / n, "mel": mel / n, "chroma": agree / n, **codebook_use(config, used), "live": live}
+        return {"si_snr": si / n, "mel": mel / n, "chroma": agree / n, "live": live,
+                **codebook_use(config, over_processes(used))}
 
     @torch.no_grad()
     def samples(self, out: Path, update: int) -> dict:
@@ -346,7 +344,7 @@ class CodecTraining:
         codec, config = EncodecModel.from_pretrained(out).to(self.device), self.config
         for n, path in enumerate(self.valid_data.paths[:4]):
             wav = read_audio(path, config.sample_rate, config.channels, duration=5.0)
-            output = codec.decode(codec.encode(wav[None].to(self.device)))[0, :, :wav.shape[1]]
+            output = reconstruct(codec, wav[None].to(self.device))[0][0]
             write_audio(out / "samples" / f"{n}_original.wav", wav, config.sample_rate)
             write_audio(out / "samples" / f"{n}_update{update:07d}.wav", output, config.sample_rate)
         return {}
@@ -417,166 +415,6 @@ class LMTraining:
             return {}
         cosine, agreement = compare_chroma(self.config, wavs, chroma)
         return {"chroma_cosine": cosine.mean().item(), "chroma_agreement": agreement.mean().item()}
-
-
-def si_snr(wav, output):
-    """Scale-invariant signal-to-noise ratio in dB (arXiv 1811.02508): (B, C, L) twice -> (B,)"""
-    wav, output = (w.flatten(1) - w.flatten(1).mean(1, keepdim=True) for w in (wav, output))
-    target = (wav * output).sum(1, keepdim=True) / (wav.square().sum(1, keepdim=True) + 1e-8) * wav
-    return 10 * ((target.square().sum(1) + 1e-8) / ((output - target).square().sum(1) + 1e-8)).log10()
-
-
-def with_perplexity(logged: dict) -> dict:
-    """Adds ppl_k = exp(ce_k)."""
-    return logged | {f"ppl_{name[3:]}": math.exp(min(50.0, ce)) for name, ce in logged.items() if name[:3] == "ce_"}
-
-
-def chroma_of(config: Config, wavs):
-    """Waves (B, C, L) -> chroma (B, M, Q) as it is heard, not reduced to one pitch class a frame."""
-    extract = ChromaExtractor(config.sample_rate, config.n_chroma, config.radix2_exp, argmax=False)
-    return extract.to(wavs.device)(wavs)
-
-
-def compare_chroma(config: Config, wavs, asked):
-    """Waves (B, C, L) against the melodies asked for, one-hot chroma (B, M, Q): cosine similarity, and the share of
-    frames whose strongest pitch class is the one asked for, each (B,). The waves go through the same separation."""
-    stems = torch.stack([separate(wav.cpu(), config.sample_rate, config.stem) for wav in wavs])
-    heard = chroma_of(config, stems)
-    M = min(heard.shape[1], asked.shape[1])
-    heard, asked = heard[:, :M], asked[:, :M].cpu()
-    agreement = torch.tensor([chroma_agreement(*pair) for pair in zip(heard, asked)])
-    return F.cosine_similarity(heard, asked, dim=-1).mean(1), agreement
-
-
-def usage_counts(codes, card: int):
-    """codes (B, K, T) -> how often each entry occurs (K, V)"""
-    return torch.stack([torch.bincount(k, minlength=card) for k in codes.transpose(0, 1).flatten(1)])
-
-
-def codebook_use(config: Config, used) -> dict:
-    """Counts (K, V) -> entropy (bits) and perplexity per codebook; nominal bitrate, and what the entropy allows."""
-    share = used.cpu().double() / used.sum(1, keepdim=True).cpu()
-    entropy = -(share * share.clamp(min=1e-12).log2()).sum(1)
-    rate = config.sample_rate / config.stride / 1000
-    return {"entropy": entropy.tolist(), "perplexity": (2 ** entropy).tolist(),
-            "kbps": config.n_q * math.log2(config.card) * rate, "kbps_entropy": float(entropy.sum()) * rate}
-
-
-# === processes, precision ========================================================================================
-
-def over_processes(tensor, how=dist.ReduceOp.SUM):
-    """The sum (or other combination) of a tensor over all processes, in place."""
-    if process_count() > 1:
-        dist.all_reduce(tensor, how)
-    return tensor
-
-
-def autocast(device, dtype: str):
-    """Half precision for the operations that bear it; the weights stay float32."""
-    return nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
-
-
-def wrap(module, config: Config, layers=()):
-    """A module for several processes: DDP averages gradients, fully_shard (FSDP2) also splits weights and states."""
-    if config.sharding == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-        for layer in layers:  # each is gathered when it is its turn
-            fully_shard(layer)
-        return fully_shard(module)
-    if process_count() == 1:
-        return module
-    from torch.nn.parallel import DistributedDataParallel
-    # the codebooks keep their buffers equal by themselves
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-@contextmanager
-def last_only(forward, last: bool):
-    """While accumulating, gradients are exchanged between processes on the last micro-batch only."""
-    if hasattr(forward, "set_requires_gradient_sync"):
-        forward.set_requires_gradient_sync(last)
-    with forward.no_sync() if not last and hasattr(forward, "no_sync") else nullcontext():
-        yield
-
-
-def full(tensor):
-    """A tensor gathered from its shards (by all processes together)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gather(tensors: dict) -> dict:
-    """Whole copies on the CPU, on the main process; the others only take part."""
-    whole = {}
-    for name, tensor in tensors.items():
-        tensor = full(tensor)  # one at a time
-        if rank() == 0:
-            whole[name] = tensor.detach().to("cpu", copy=True)
-    return whole
-
-
-def like(tensor, reference):
-    """A whole tensor as `reference` is: on its device, in its shards."""
-    if hasattr(reference, "device_mesh") and tensor.shape == reference.shape:
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
-    return tensor if tensor.ndim == 0 else tensor.to(reference.device)
-
-
-# === checkpoints =================================================================================================
-
-# state.safetensors is one file, so that weights, optimizer and counters always belong together. It is what --resume
-# reads; model.safetensors has the averaged weights alone, which is what everything else reads.
-
-
-def everything(task, optimizers, ema) -> dict:
-    """Name -> tensor of all that the next update depends on, but for what optimizers keep per weight."""
-    tensors = {f"model.{name}": t for name, t in task.module.state_dict().items()}
-    tensors |= {f"extra.{name}": t for name, t in task.extra.state_dict().items()}
-    tensors |= {f"ema.{name}": t for name, t in ema.average.items()}
-    group = optimizers[0].param_groups[0]
-    return tensors | {f"optim.{key}": group[key] for key in ("d", "r") if key in group}
-
-
-def named_weights(task) -> dict:
-    return {name: p for module in (task.module, task.extra) for name, p in module.named_parameters()}
-
-
-def save_state(path: Path, task, optimizers, ema, scaler, update: int):
-    """Writes it all, gathered from all processes, into one file."""
-    tensors, names = everything(task, optimizers, ema), {p: name for name, p in named_weights(task).items()}
-    for optimizer in optimizers:
-        tensors |= {f"optim.{names[p]}.{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
-    tensors = gather(tensors)
-    if rank() == 0:
-        info = {"update": update, "ema_count": ema.count, "scaler": scaler.state_dict()}
-        write_tensors(path, tensors, {"info": json.dumps(info)})
-
-
-def load_state(path: Path, task, optimizers, ema, scaler) -> int:
-    """Reads what save_state wrote -> the update to go on with. Raises UserError when the file does not fit."""
-    own, weights = everything(task, optimizers, ema), named_weights(task)
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(like(file.get_tensor(name), tensor))
-            for name in sorted(file.keys() - own.keys()):  # every process in the same order: shards are sent
-                p = weights[name.removeprefix("optim.").rpartition(".")[0]]
-                owner[p].state[p][name.rpartition(".")[2]] = like(file.get_tensor(name), p)
-            info = json.loads(file.metadata()["info"])
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or of another configuration ({str(error)[:200]})") from None
-    ema.count = info["ema_count"]
-    scaler.load_state_dict(info["scaler"])
-    return info["update"]
-
-
-def export(out: Path, task, ema):
-    """model.safetensors: the averaged weights under the names that from_pretrained reads, adapters merged."""
-    tensors = gather({name: ema.average.get(name, t) for name, t in task.module.state_dict().items()})
-    tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)  # is shared.weight
-    if rank() == 0:
-        write_tensors(out / "model.safetensors", merge_lora(tensors, task.config))
 
 
 # === the loop ====================================================================================================
@@ -716,13 +554,15 @@ def check(update, watched, norm, scaler, micro_batches, module, out, interrupted
                     f"here again: lower lr or max_norm, or train in bfloat16 or float32")
 
 
+# === what is logged =============================================================================================
+
 class Log:
     """Running averages -> metrics.jsonl, TensorBoard where it is installed, and the progress bar."""
 
     def __init__(self, out: Path, config: Config, first: int):
         self.path, self.sums, self.board, self.start = out / "metrics.jsonl", {}, None, time.perf_counter()
         self.tokens, self.since, self.last = config.batch_size * config.n_q * config.segment_frames, self.start, first
-        self.bar = tqdm(total=config.total_updates, initial=first, disable=None if rank() == 0 else True)
+        self.bar = tqdm(total=config.total_updates, initial=first, disable=True if rank() else None)
         if rank() == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -751,7 +591,7 @@ class Log:
         self.line({"update": update, "split": "train", **line})
 
     def line(self, line: dict):
-        if not rank() == 0:
+        if rank() > 0:
             return
         line = {key: rounded(value) for key, value in line.items()}
         with open(self.path, "a", encoding="utf-8") as file:
@@ -788,6 +628,123 @@ def memory_gb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     except ImportError:  # Windows
         return 0.0
+
+
+# === processes, precision ========================================================================================
+
+def over_processes(tensor, how=dist.ReduceOp.SUM):
+    """The sum (or other combination) of a tensor over all processes, in place."""
+    if process_count() > 1:
+        dist.all_reduce(tensor, how)
+    return tensor
+
+
+def autocast(device, dtype: str):
+    """Half precision for the operations that bear it; the weights stay float32."""
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
+
+
+def wrap(module, config: Config, layers=()):
+    """A module for several processes: DDP averages gradients, fully_shard (FSDP2) also splits weights and states."""
+    if config.sharding == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+        for layer in layers:  # each is gathered when it is its turn
+            fully_shard(layer)
+        return fully_shard(module)
+    if process_count() == 1:
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+    # the codebooks keep their buffers equal by themselves
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+@contextmanager
+def last_only(forward, last: bool):
+    """While accumulating, gradients are exchanged between processes on the last micro-batch only."""
+    if hasattr(forward, "set_requires_gradient_sync"):
+        forward.set_requires_gradient_sync(last)
+    with forward.no_sync() if not last and hasattr(forward, "no_sync") else nullcontext():
+        yield
+
+
+def full(tensor):
+    """A tensor gathered from its shards (by all processes together)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather(tensors: dict) -> dict:
+    """Whole copies on the CPU, on the main process; the others only take part."""
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = full(tensor)  # one at a time
+        if rank() == 0:
+            whole[name] = tensor.detach().to("cpu", copy=True)
+    return whole
+
+
+def like(tensor, reference):
+    """A whole tensor as `reference` is: on its device, in its shards."""
+    if hasattr(reference, "device_mesh") and tensor.shape == reference.shape:
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
+    return tensor if tensor.ndim == 0 else tensor.to(reference.device)
+
+
+# === checkpoints =================================================================================================
+
+# state.safetensors is one file, so that weights, optimizer and counters always belong together. It is what --resume
+# reads; model.safetensors has the averaged weights alone, which is what everything else reads.
+
+
+def everything(task, optimizers, ema) -> dict:
+    """Name -> tensor of all that the next update depends on, but for what optimizers keep per weight."""
+    tensors = {f"model.{name}": t for name, t in task.module.state_dict().items()}
+    tensors |= {f"extra.{name}": t for name, t in task.extra.state_dict().items()}
+    tensors |= {f"ema.{name}": t for name, t in ema.average.items()}
+    group = optimizers[0].param_groups[0]
+    return tensors | {f"optim.{key}": group[key] for key in ("d", "r") if key in group}
+
+
+def named_weights(task) -> dict:
+    return {name: p for module in (task.module, task.extra) for name, p in module.named_parameters()}
+
+
+def save_state(path: Path, task, optimizers, ema, scaler, update: int):
+    """Writes it all, gathered from all processes, into one file."""
+    tensors, names = everything(task, optimizers, ema), {p: name for name, p in named_weights(task).items()}
+    for optimizer in optimizers:
+        tensors |= {f"optim.{names[p]}.{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
+    tensors = gather(tensors)
+    if rank() == 0:
+        info = {"update": update, "ema_count": ema.count, "scaler": scaler.state_dict()}
+        write_tensors(path, tensors, {"info": json.dumps(info)})
+
+
+def load_state(path: Path, task, optimizers, ema, scaler) -> int:
+    """Reads what save_state wrote -> the update to go on with. Raises UserError when the file does not fit."""
+    own, weights = everything(task, optimizers, ema), named_weights(task)
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(like(file.get_tensor(name), tensor))
+            for name in sorted(file.keys() - own.keys()):  # every process in the same order: shards are sent
+                p = weights[name.removeprefix("optim.").rpartition(".")[0]]
+                owner[p].state[p][name.rpartition(".")[2]] = like(file.get_tensor(name), p)
+            info = json.loads(file.metadata()["info"])
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or of another configuration ({str(error)[:200]})") from None
+    ema.count = info["ema_count"]
+    scaler.load_state_dict(info["scaler"])
+    return info["update"]
+
+
+def export(out: Path, task, ema):
+    """model.safetensors: the averaged weights under the names that from_pretrained reads, adapters merged."""
+    tensors = gather({name: ema.average.get(name, t) for name, t in task.module.state_dict().items()})
+    tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)  # is shared.weight
+    if rank() == 0:
+        write_tensors(out / "model.safetensors", merge_lora(tensors, task.config))
 
 
 # === fine-tuning: from a checkpoint, all weights or low-rank adapters =============================================
@@ -891,6 +848,59 @@ def activation_bytes(config: Config) -> float:
     return layers + 4 * 4 * T * config.n_q * config.card
 
 
+# === measures, of validation and evaluation ======================================================================
+
+def si_snr(wav, output):
+    """Scale-invariant signal-to-noise ratio in dB (arXiv 1811.02508): (B, C, L) twice -> (B,)"""
+    wav, output = (w.flatten(1) - w.flatten(1).mean(1, keepdim=True) for w in (wav, output))
+    target = (wav * output).sum(1, keepdim=True) / (wav.square().sum(1, keepdim=True) + 1e-8) * wav
+    return 10 * ((target.square().sum(1) + 1e-8) / ((output - target).square().sum(1) + 1e-8)).log10()
+
+
+def with_perplexity(logged: dict) -> dict:
+    """Adds ppl_k = exp(ce_k)."""
+    return logged | {f"ppl_{name[3:]}": math.exp(min(50.0, ce)) for name, ce in logged.items() if name[:3] == "ce_"}
+
+
+def chroma_of(config: Config, wavs):
+    """Waves (B, C, L) -> chroma (B, M, Q) as it is heard, not reduced to one pitch class a frame."""
+    extract = ChromaExtractor(config.sample_rate, config.n_chroma, config.radix2_exp, argmax=False)
+    return extract.to(wavs.device)(wavs)
+
+
+def melody_of(config: Config, wavs):
+    """Waves (B, C, L) -> chroma (B, M, Q) of their melody stems, on the CPU."""
+    return chroma_of(config, torch.stack([separate(wav.cpu(), config.sample_rate, config.stem) for wav in wavs]))
+
+
+def compare_chroma(config: Config, wavs, asked):
+    """Waves (B, C, L) against the melodies asked for, chroma (B, M, Q): cosine similarity, and the share of frames
+    whose strongest pitch class is the one asked for, each (B,). The waves go through the same separation."""
+    heard = melody_of(config, wavs)
+    M = min(heard.shape[1], asked.shape[1])
+    heard, asked = heard[:, :M], asked[:, :M].cpu()
+    agreement = torch.tensor([chroma_agreement(*pair) for pair in zip(heard, asked)])
+    return F.cosine_similarity(heard, asked, dim=-1).mean(1), agreement
+
+
+@torch.no_grad()
+def reconstruct(codec, wav):
+    """Waves (B, C, L) -> their reconstruction, [SI-SNR in dB, mel distance], how often each entry occurs (K, V)."""
+    codes = codec.encode(wav)
+    output = codec.decode(codes)[..., :wav.shape[-1]]
+    counts = torch.stack([torch.bincount(k, minlength=codec.cardinality) for k in codes.transpose(0, 1).flatten(1)])
+    return output, [si_snr(wav, output).mean().item(), mel_loss(codec.config, wav, output).item()], counts
+
+
+def codebook_use(config: Config, used) -> dict:
+    """Counts (K, V) -> entropy (bits) and perplexity per codebook; nominal bitrate, and what the entropy allows."""
+    share = used.cpu().double() / used.sum(1, keepdim=True).cpu()
+    entropy = -(share * share.clamp(min=1e-12).log2()).sum(1)
+    rate = config.sample_rate / config.stride / 1000
+    return {"entropy": entropy.tolist(), "perplexity": (2 ** entropy).tolist(),
+            "kbps": config.n_q * math.log2(config.card) * rate, "kbps_entropy": float(entropy.sum()) * rate}
+
+
 # === --eval: how good is it ========================================================================================
 
 def evaluate(config: Config, split: str) -> dict:
@@ -899,9 +909,8 @@ def evaluate(config: Config, split: str) -> dict:
     torch.manual_seed(config.seed)
     figures = (evaluate_codec if config.task == "codec" else evaluate_lm)(config, split, out, device)
     figures = {key: rounded(value) for key, value in figures.items()}
-    width = max(map(len, figures))
     for key, value in figures.items():
-        print(f"{key:{width}}  {value}")
+        print(f"{key:25}  {value}")
     write_atomic(out / f"eval_{split}.json", (json.dumps(figures, indent=1) + "\n").encode())
     return figures
 
@@ -914,13 +923,10 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
     rows, used, by_instrument = [], 0, {}
     for path in tqdm(spread(told, config.n_eval_wavs), disable=None, unit="file"):
         wav = read_audio(path, codec.sample_rate, codec.channels, duration=10.0)[None].to(device)
-        with torch.no_grad():
-            codes = codec.encode(wav)
-            back = codec.decode(codes)[..., :wav.shape[-1]]
-        heard = chroma_of(config, separate(wav[0].cpu(), config.sample_rate, config.stem)[None])
-        agreement = compare_chroma(config, back, F.one_hot(heard.argmax(-1), config.n_chroma).float())[1].item()
-        rows.append((agreement, si_snr(wav, back).item(), mel_loss(codec.config, wav, back).item()))
-        used = used + usage_counts(codes, config.card)
+        output, quality, counts = reconstruct(codec, wav)
+        agreement = compare_chroma(config, output, melody_of(config, wav))[1].item()
+        rows.append((agreement, *quality))
+        used = used + counts
         if path.with_suffix(".json").exists():
             name = str(read_json(path.with_suffix(".json")).get("instrument"))
             by_instrument.setdefault(name, []).append(agreement)
@@ -943,10 +949,9 @@ def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
     for first in tqdm(range(0, len(items), size), disable=None, unit="batch"):
         numbers = range(first, min(first + size, len(items)))
         batch = collate([items[n] for n in numbers])
+        codes, chroma, has_melody = (batch[key].to(device) for key in ("codes", "chroma", "has_melody"))
         with torch.no_grad():
-            ce = model.lm.loss(*(x.to(device) if torch.is_tensor(x) else x for x in (
-                batch["codes"], batch["text"], batch["chroma"], batch["has_melody"])))[1]
-        ces += [ce.cpu()] * len(numbers)
+            ces += [model.lm.loss(codes, batch["text"], chroma, has_melody)[1].cpu()] * len(numbers)
         codes, chroma = generate_for(model, items, numbers)
         made.append(codes)
         if config.melody != "none":
@@ -965,7 +970,8 @@ def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
 
 def spread(things: list, n: int) -> list:
     """Up to n of the things, evenly spread over the list."""
-    return [things[i * len(things) // n] for i in range(n)] if len(things) > n else list(things)
+    n = min(n, len(things))
+    return [things[i * len(things) // n] for i in range(n)]
 
 
 def generate_for(model, items: list[dict], numbers):
@@ -996,6 +1002,9 @@ def frechet_distance(x, y) -> float:
 # === the command line ============================================================================================
 
 def main(argv):
+    if "--split" in argv[:-1]:  # with a blank, too
+        n = argv.index("--split")
+        argv = [*argv[:n], f"--split={argv[n + 1]}", *argv[n + 2:]]
     flags = [arg for arg in argv if arg in ("--resume", "--plan", "--eval") or arg.startswith("--split=")]
     config = load([arg for arg in argv if arg not in flags])
     split = next((flag[8:] for flag in flags if flag.startswith("--split=")), "valid")
