@@ -373,7 +373,7 @@ def run(main, *args):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}:", *map(str.strip, str(sentence).splitlines()), file=sys.stderr)
     sys.exit(2)
 
 

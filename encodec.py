@@ -121,8 +121,13 @@ class LSTM(nn.Module):
         self.lstm = nn.LSTM(channels, channels, config.lstm)
 
     def forward(self, x):  # (B, channels, T)
+        return self.step(x, None)[0]
+
+    def step(self, x, state):
+        """-> output, and the state that the next frames begin with"""
         x = x.permute(2, 0, 1)
-        return (x + self.lstm(x)[0]).permute(1, 2, 0)
+        y, state = self.lstm(x, state)
+        return (x + y).permute(1, 2, 0), state
 
 
 def build_encoder(config: Config) -> nn.Sequential:
@@ -266,71 +271,40 @@ class EncodecModel(nn.Module):
 
 # --- long audio: the same layers, piece by piece -----------------------------------------------------------
 
-def stream(layer, pieces):
-    """Runs a layer over an iterator of consecutive pieces (B, channels, any length): yields its output, in pieces.
+def stream(layers, pieces):
+    """Runs encoder or decoder over an iterator of consecutive pieces (B, channels, any length): yields its output.
 
-    Joined they are what layer(all pieces at once) gives, for signals longer than the layers' paddings: every
-    convolution keeps back the samples that its next window needs, the LSTM carries its state on.
+    Joined it is what the layers give for all pieces at once, as long as that is longer than their paddings.
     """
-    if isinstance(layer, nn.Sequential):
-        for inner in layer:
-            pieces = stream(inner, pieces)
-        yield from pieces
-    elif isinstance(layer, ResidualUnit):
-        pieces, copies = itertools.tee(pieces)
-        skip = x = None
-        for skip_piece, y in itertools.zip_longest(stream(layer.shortcut, copies), stream(layer.block, pieces)):
-            skip, x = _join(skip, skip_piece), _join(x, y)  # the block runs behind the skip
-            n = 0 if x is None or skip is None else min(x.shape[-1], skip.shape[-1])
-            if n:
-                yield skip[..., :n] + x[..., :n]
-                skip, x = skip[..., n:], x[..., n:]
-    elif isinstance(layer, LSTM):
-        state = None
-        for x in pieces:
-            x = x.permute(2, 0, 1)
-            y, state = layer.lstm(x, state)
-            yield (x + y).permute(1, 2, 0)
-    elif isinstance(layer, Conv):
-        yield from _stream_conv(layer, pieces)
-    elif isinstance(layer, ConvTranspose):
-        conv, tail = layer.convtr, None
-        bias = conv.bias[:, None]
-        for x in pieces:
-            y = F.conv_transpose1d(x, conv.weight, None, conv.stride)
-            first = layer.left if tail is None else 0
-            if tail is not None:  # windows overlap: the old ones' ends are added to the new ones' beginnings
-                y = torch.cat([y[..., :tail.shape[-1]] + tail, y[..., tail.shape[-1]:]], -1)
-            done = x.shape[-1] * conv.stride[0]
-            yield y[..., first:done] + bias
-            tail = y[..., done:]
-        if layer.left:
-            yield tail[..., :layer.left] + bias
-    else:
-        yield from map(layer, pieces)
+    for is_lstm, group in itertools.groupby(layers, lambda layer: isinstance(layer, LSTM)):
+        pieces = _stream_lstm(*group, pieces) if is_lstm else _stream_convs(nn.Sequential(*group), pieces)
+    yield from pieces
 
 
-def _stream_conv(layer: Conv, pieces):
-    window = (layer.conv.kernel_size[0] - 1) * layer.conv.dilation[0] + 1
-    held = recent = None  # what the next windows need, and the last samples as they came (reflected at the end)
-    length, begun = 0, False
+def _stream_lstm(layer: LSTM, pieces):
+    state = None  # all that it knows of the pieces before
+    for x in pieces:
+        y, state = layer.step(x, state)
+        yield y
+
+
+def _stream_convs(layers, pieces):
+    """Convolutions see only so far: every piece goes in with that much of its neighbours, which is cut off again."""
+    reach, down, up = 0.0, 1, 1  # inputs seen on one side; inputs for `up` outputs
+    for layer in layers.modules():
+        if isinstance(layer, Conv):
+            reach, down = reach + max(layer.left, layer.right) * down / up, down * layer.stride
+        elif isinstance(layer, ConvTranspose):  # kernel 2 * stride: every output comes of two neighbours
+            reach, up = reach + 1 / up, up * layer.convtr.stride[0]
+    context = max(2, math.ceil(reach / down)) * down  # 2: or reflection at the end could lack samples
+    held, done = None, 0  # the last inputs, and how many of them have given their outputs
     for x in itertools.chain(pieces, [None]):
-        if x is None:
-            extra = layer.right + -length % layer.stride
-            held = _join(held, pad1d(recent, 0, extra, layer.mode)[..., recent.shape[-1]:])
-        else:
-            length += x.shape[-1]
-            held, recent = _join(held, x), _join(recent, x)[..., -window - layer.stride:]
-        if not begun and (x is None or held.shape[-1] > layer.left):
-            held, begun = pad1d(held, layer.left, 0, layer.mode), True
-        n = (held.shape[-1] - window) // layer.stride + 1
-        if begun and n > 0:
-            yield layer.conv(held[..., :(n - 1) * layer.stride + window])
-            held = held[..., n * layer.stride:]
-
-
-def _join(a, b):
-    return b if a is None else a if b is None else torch.cat([a, b], -1)
+        held = x if held is None else held if x is None else torch.cat([held, x], -1)
+        end = held.shape[-1] if x is None else (held.shape[-1] - context) // down * down
+        if end > done:
+            yield layers(held)[..., done * up // down:None if x is None else end * up // down]
+            drop = max(0, end - context)
+            held, done = held[..., drop:], end - drop
 
 
 # --- reading and writing weights: lm.py and conditioners.py use these too ----------------------------------
@@ -383,7 +357,7 @@ def _weight_files(directory: Path) -> list[Path]:
             return [directory / name]
         if index.is_file():
             names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or any(Path(str(n)).name != n for n in names.values()):
+            if not isinstance(names, dict) or any(Path(str(n)).name != n or len(n) > 255 for n in names.values()):
                 raise UserError(f"{index}: its weight_map must name files beside it")
             return [directory / n for n in sorted(set(names.values()))]
     raise UserError(f"{directory}: has no model.safetensors, pytorch_model.bin or state_dict.bin")
@@ -404,9 +378,18 @@ def read_pickle(path) -> dict:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(value, dict), f"it holds a {type(value).__name__}"
+        for tensor in _tensors_in(value):  # strides of 0 make much of little, until something copies it
+            assert tensor.nbytes <= tensor.untyped_storage().nbytes(), "a tensor claims more numbers than it has"
         return value
     except Exception as error:  # torch, zipfile and pickle have their own kinds
         raise UserError(f"{path}: damaged, or more than plain tensors ({str(error)[:150]!r})") from None
+
+
+def _tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else ():
+        yield from _tensors_in(inner)
 
 
 def read_original(path) -> tuple[dict, dict]:
