@@ -5,9 +5,10 @@
     ... --resume        continue, exactly as if never interrupted      --plan     sizes, without training
     ... --eval          measure the trained model (--split=test)
 
-The loop is `train`; it reads straight down, its steps numbered as in README ("the life of a batch"). Everything
-random about item i of update u comes from a generator seeded (seed, u, i), so that one process or eight, resumed
-or not, train on the same data. `update` counts steps of the optimizer, from 0.
+The loop is `train`; it reads straight down, its steps numbered as in README ("the life of a batch"). Before it stand
+the optimizers and the two things that are trained; what comes after it (logging, several processes, checkpoints,
+fine-tuning, --plan) can wait. Everything random about item i of update u comes from a generator seeded (seed, u, i),
+so that one process or eight, resumed or not, train on the same data. `update` counts steps of the optimizer, from 0.
 """
 import dataclasses
 import json
@@ -21,25 +22,23 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from chroma import ChromaExtractor, chroma_agreement, separate
+from chroma import chroma_agreement
 from config import Config, UserError, load, pick_device, run, write_atomic
-from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, collate, get_batch
+from data.measures import (chroma_of, codebook_use, compare_chroma, evaluate, generate_for, reconstruct, rounded,
+                           spread, with_perplexity)
+from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, get_batch
 from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
-                     generator_losses, mel_loss, open_checkpoint, read_audio, read_json,
-                     write_audio, write_tensors)
+                     generator_losses, open_checkpoint, read_audio, write_audio, write_tensors)
 from lm import LMModel, read_config
 from rvq import process_count, rank
 from sample import MusicGen
-
 
 # === optimizers =================================================================================================
 
@@ -274,8 +273,8 @@ class CodecTraining:
         if config.init_from:
             self.module.load_state_dict(EncodecModel.from_pretrained(config.init_from).state_dict())
         self.module.to(device)
-        weights = {name: getattr(config, name) for name in ("l1", "msspec", "sc", "adv", "feat")}
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+        names = ("l1", "msspec", "sc", "adv", "feat")
+        self.weights = {name: getattr(config, name) for name in names if getattr(config, name)}
         if not self.weights:
             raise UserError("l1, msspec, sc, adv and feat are all 0: at least one of them must be positive")
         self.extra = nn.ModuleDict({"balancer": Balancer(self.weights, config.balancer_decay)}).to(device)
@@ -283,10 +282,10 @@ class CodecTraining:
         if self.adversarial:
             self.extra["discriminator"] = MultiScaleSTFTDiscriminator(config).to(device)
             self.discriminate = wrap(self.extra["discriminator"], config)
-        self.frozen = None
+        self.frozen = None  # is set, and the module wrapped, by `prepare`
 
     def prepare(self, update: int, ema):
-        """Into the mode for this update: in the last part only the decoder learns, on the averaged encoder's codes."""
+        """The mode for this update. In the last part only the decoder learns, on the averaged encoder's codes."""
         left = self.config.total_updates - update
         if left == self.config.decoder_only_steps:
             ema.copy_to_module()
@@ -344,7 +343,7 @@ class CodecTraining:
         codec, config = EncodecModel.from_pretrained(out).to(self.device), self.config
         for n, path in enumerate(self.valid_data.paths[:4]):
             wav = read_audio(path, config.sample_rate, config.channels, duration=5.0)
-            output = reconstruct(codec, wav[None].to(self.device))[0][0]
+            output = codec.decode(codec.encode(wav[None].to(self.device)))[0, :, :wav.shape[1]]
             write_audio(out / "samples" / f"{n}_original.wav", wav, config.sample_rate)
             write_audio(out / "samples" / f"{n}_update{update:07d}.wav", output, config.sample_rate)
         return {}
@@ -612,13 +611,6 @@ class Log:
             self.board.close()
 
 
-def rounded(value):
-    """Numbers to six digits, lists too: enough for a log, and short."""
-    if isinstance(value, list):
-        return [rounded(x) for x in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def memory_gb() -> float:
     """The most memory held so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
@@ -848,157 +840,6 @@ def activation_bytes(config: Config) -> float:
     return layers + 4 * 4 * T * config.n_q * config.card
 
 
-# === measures, of validation and evaluation ======================================================================
-
-def si_snr(wav, output):
-    """Scale-invariant signal-to-noise ratio in dB (arXiv 1811.02508): (B, C, L) twice -> (B,)"""
-    wav, output = (w.flatten(1) - w.flatten(1).mean(1, keepdim=True) for w in (wav, output))
-    target = (wav * output).sum(1, keepdim=True) / (wav.square().sum(1, keepdim=True) + 1e-8) * wav
-    return 10 * ((target.square().sum(1) + 1e-8) / ((output - target).square().sum(1) + 1e-8)).log10()
-
-
-def with_perplexity(logged: dict) -> dict:
-    """Adds ppl_k = exp(ce_k)."""
-    return logged | {f"ppl_{name[3:]}": math.exp(min(50.0, ce)) for name, ce in logged.items() if name[:3] == "ce_"}
-
-
-def chroma_of(config: Config, wavs):
-    """Waves (B, C, L) -> chroma (B, M, Q) as it is heard, not reduced to one pitch class a frame."""
-    extract = ChromaExtractor(config.sample_rate, config.n_chroma, config.radix2_exp, argmax=False)
-    return extract.to(wavs.device)(wavs)
-
-
-def melody_of(config: Config, wavs):
-    """Waves (B, C, L) -> chroma (B, M, Q) of their melody stems, on the CPU."""
-    return chroma_of(config, torch.stack([separate(wav.cpu(), config.sample_rate, config.stem) for wav in wavs]))
-
-
-def compare_chroma(config: Config, wavs, asked):
-    """Waves (B, C, L) against the melodies asked for, chroma (B, M, Q): cosine similarity, and the share of frames
-    whose strongest pitch class is the one asked for, each (B,). The waves go through the same separation."""
-    heard = melody_of(config, wavs)
-    M = min(heard.shape[1], asked.shape[1])
-    heard, asked = heard[:, :M], asked[:, :M].cpu()
-    agreement = torch.tensor([chroma_agreement(*pair) for pair in zip(heard, asked)])
-    return F.cosine_similarity(heard, asked, dim=-1).mean(1), agreement
-
-
-@torch.no_grad()
-def reconstruct(codec, wav):
-    """Waves (B, C, L) -> their reconstruction, [SI-SNR in dB, mel distance], how often each entry occurs (K, V)."""
-    codes = codec.encode(wav)
-    output = codec.decode(codes)[..., :wav.shape[-1]]
-    counts = torch.stack([torch.bincount(k, minlength=codec.cardinality) for k in codes.transpose(0, 1).flatten(1)])
-    return output, [si_snr(wav, output).mean().item(), mel_loss(codec.config, wav, output).item()], counts
-
-
-def codebook_use(config: Config, used) -> dict:
-    """Counts (K, V) -> entropy (bits) and perplexity per codebook; nominal bitrate, and what the entropy allows."""
-    share = used.cpu().double() / used.sum(1, keepdim=True).cpu()
-    entropy = -(share * share.clamp(min=1e-12).log2()).sum(1)
-    rate = config.sample_rate / config.stride / 1000
-    return {"entropy": entropy.tolist(), "perplexity": (2 ** entropy).tolist(),
-            "kbps": config.n_q * math.log2(config.card) * rate, "kbps_entropy": float(entropy.sum()) * rate}
-
-
-# === --eval: how good is it ========================================================================================
-
-def evaluate(config: Config, split: str) -> dict:
-    """Measures the model in out_dir on a split; prints the figures and writes them to out_dir/eval_SPLIT.json."""
-    out, device = Path(config.out_dir), pick_device(config.device)
-    torch.manual_seed(config.seed)
-    figures = (evaluate_codec if config.task == "codec" else evaluate_lm)(config, split, out, device)
-    figures = {key: rounded(value) for key, value in figures.items()}
-    for key, value in figures.items():
-        print(f"{key:25}  {value}")
-    write_atomic(out / f"eval_{split}.json", (json.dumps(figures, indent=1) + "\n").encode())
-    return figures
-
-
-def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
-    """Chroma agreement of reconstructions with originals (by instrument, where sidecars tell), SI-SNR, mel distance,
-    use of the codebooks; on the first 10 s of up to n_eval_wavs files."""
-    codec, data = EncodecModel.from_pretrained(str(out)).to(device), AudioCrops(config, split)
-    told = [path for path in data.paths if path.with_suffix(".json").exists()] or data.paths
-    rows, used, by_instrument = [], 0, {}
-    for path in tqdm(spread(told, config.n_eval_wavs), disable=None, unit="file"):
-        wav = read_audio(path, codec.sample_rate, codec.channels, duration=10.0)[None].to(device)
-        output, quality, counts = reconstruct(codec, wav)
-        agreement = compare_chroma(config, output, melody_of(config, wav))[1].item()
-        rows.append((agreement, *quality))
-        used = used + counts
-        if path.with_suffix(".json").exists():
-            name = str(read_json(path.with_suffix(".json")).get("instrument"))
-            by_instrument.setdefault(name, []).append(agreement)
-    if not rows:
-        raise UserError(f"{config.data_dir}: has no {split} files to measure on")
-    agreement, si, mel = np.mean(rows, axis=0).tolist()
-    return {"files": len(rows), "chroma_agreement": agreement, "si_snr": si, "mel": mel, **codebook_use(config, used),
-            "live": (used > 0).float().mean(1).tolist(),
-            **{f"chroma_agreement {name}": float(np.mean(x)) for name, x in sorted(by_instrument.items())}}
-
-
-def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
-    """Perplexity of held-out segments; then one sample for the text of each with the melody of another track: its
-    chroma against that melody (and, shuffled, against a third), and the Frechet distance to the segments."""
-    model, data = MusicGen.from_pretrained(str(out), config.device), TokenSegments(config, split)
-    items = [data.segment(track, 0) for track in spread(data.tracks, config.n_eval_wavs)]
-    if len(items) < 3:
-        raise UserError(f"{config.data_dir}: {split} has {len(items)} tracks of segment_duration; it takes three")
-    ces, made, rows, size = [], [], [], min(8, config.batch_size)
-    for first in tqdm(range(0, len(items), size), disable=None, unit="batch"):
-        numbers = range(first, min(first + size, len(items)))
-        batch = collate([items[n] for n in numbers])
-        codes, chroma, has_melody = (batch[key].to(device) for key in ("codes", "chroma", "has_melody"))
-        with torch.no_grad():
-            ces += [model.lm.loss(codes, batch["text"], chroma, has_melody)[1].cpu()] * len(numbers)
-        codes, chroma = generate_for(model, items, numbers)
-        made.append(codes)
-        if config.melody != "none":
-            wavs, others = model.decode(codes), [items[(n + 2) % len(items)]["chroma"] for n in numbers]
-            shuffled = compare_chroma(config, wavs, torch.stack(others))[1]
-            rows.append(torch.stack([*compare_chroma(config, wavs, chroma), shuffled], 1))
-    figures = with_perplexity({f"ce_{k + 1}": x for k, x in enumerate(torch.stack(ces).mean(0).tolist())})
-    if rows:
-        names = ("chroma_cosine", "chroma_agreement", "chroma_agreement_shuffled")
-        figures |= dict(zip(names, torch.cat(rows).mean(0).tolist()))
-    real = [latents(model.codec, item["codes"][None]) for item in items]
-    generated = latents(model.codec, torch.cat(made))
-    return {"items": len(items), **figures, "frechet": frechet_distance(generated, np.concatenate(real)),
-            "frechet_of_real_halves": frechet_distance(np.concatenate(real[::2]), np.concatenate(real[1::2]))}
-
-
-def spread(things: list, n: int) -> list:
-    """Up to n of the things, evenly spread over the list."""
-    n = min(n, len(things))
-    return [things[i * len(things) // n] for i in range(n)]
-
-
-def generate_for(model, items: list[dict], numbers):
-    """Codes (B, K, T) for the texts of these items, each with the melody of the item after it, never its own;
-    and those melodies' chroma (B, M, Q)."""
-    chroma = torch.stack([items[(n + 1) % len(items)]["chroma"] for n in numbers])
-    melodies = [c if c.any() and model.config.melody != "none" else None for c in chroma]
-    return model.generate_codes([items[n]["text"] for n in numbers], melodies), chroma
-
-
-@torch.no_grad()
-def latents(codec, codes):
-    """codes (B, K, T) -> the codec's latent vectors (B * T, Z)"""
-    per_channel = codes[:, :codec.num_codebooks]  # of stereo in two streams: the first
-    device = next(codec.parameters()).device
-    return codec.quantizer.decode(per_channel.to(device)).transpose(1, 2).flatten(0, 1).cpu().double().numpy()
-
-
-def frechet_distance(x, y) -> float:
-    """Distance of two sets of vectors (n, Z), taken as Gaussians (arXiv 1812.08466, as FAD, in our codec's latents):
-    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))"""
-    from scipy.linalg import sqrtm
-    c_x, c_y = np.cov(x.T), np.cov(y.T)
-    root = sqrtm(c_x @ c_y + 1e-12 * np.eye(len(c_x)))
-    return max(0.0, float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(c_x + c_y - 2 * np.real(root))))
-
-
 # === the command line ============================================================================================
 
 def main(argv):
@@ -1033,9 +874,8 @@ def main(argv):
             raise UserError(f"another process of this run has ended ({str(error).splitlines()[0][:100]}); see its "
                             f"message. --resume goes on from the last checkpoint") from None
         raise
-    finally:
-        if dist.is_initialized() and not sys.exc_info()[0]:
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if interrupted:
         print(f"stopped as asked; --resume goes on from {config.out_dir}", file=sys.stderr)
         sys.exit(130)

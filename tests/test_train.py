@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import train as training
 from config import Config, UserError
+from data.measures import frechet_distance
 from data.segments import SPLITS, AudioCrops, TokenSegments, get_batch
 from encodec import EncodecModel
 from lm import LMModel
@@ -417,8 +418,8 @@ def test_evaluation_of_language_model_and_codec(lm_run, codec_run, data):
 
 def test_frechet_distance_of_known_gaussians():
     x = np.random.default_rng(0).standard_normal((4000, 3))
-    assert training.frechet_distance(x, x) < 1e-3
-    assert abs(training.frechet_distance(x, 2 * x + [3, 0, 0]) - (9 + 3)) < 0.5
+    assert frechet_distance(x, x) < 1e-3
+    assert abs(frechet_distance(x, 2 * x + [3, 0, 0]) - (9 + 3)) < 0.5
 
 
 if __name__ == "__main__":
