@@ -12,6 +12,7 @@ over all frames. The decoder is its mirror image. T = ceil(L / stride), stride =
 The file has the model, long audio in pieces, weights in the formats in use, audio files, and what only training
 needs: losses, discriminator, balancer.
 """
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -169,6 +170,7 @@ class EncodecModel(nn.Module):
     channels = property(lambda self: self.config.channels)                            # C
     stride = property(lambda self: self.config.stride)                                # samples per frame
     frame_rate = property(lambda self: self.config.sample_rate / self.config.stride)  # frames/s
+    bandwidth = property(lambda self: math.log2(self.config.card) * math.ceil(self.frame_rate) / 1000)  # of 1, kb/s
     num_codebooks = property(lambda self: self.config.n_q)                            # K
     cardinality = property(lambda self: self.config.card)                             # V
 
@@ -237,10 +239,10 @@ class EncodecModel(nn.Module):
         if c.norm == "none" or not c.lstm or c.card & (c.card - 1):
             raise UserError("transformers has only codecs with weight or group norm (not folded), an LSTM, and a "
                             "power of two of entries")
-        values = {theirs: getattr(c, ours) for ours, theirs, _ in FIELDS}
-        bandwidth = c.n_q * math.log2(c.card) * math.ceil(self.frame_rate) / 1000  # kb/s; theirs counts back from it
+        values = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()}
+        # nextafter: theirs counts the codebooks back from it, rounding down
         values |= dict(model_type="encodec", architectures=["EncodecModel"], use_conv_shortcut=not c.true_skip,
-                       target_bandwidths=[math.nextafter(bandwidth, math.inf)])
+                       target_bandwidths=[math.nextafter(c.n_q * self.bandwidth, math.inf)])
         write_tensors(Path(directory) / "model.safetensors",
                       {their_name(name, 1): tensor for name, tensor in self.state_dict().items()})
         write_atomic(Path(directory) / "config.json", json.dumps(values, indent=1).encode())
@@ -254,16 +256,15 @@ class EncodecModel(nn.Module):
         (default: all); dtype None keeps that of the file. UserError names all that is missing or not supported.
         """
         config, tensors = read_codec(name, dtype)
-        if bandwidth is not None:
-            rate = math.log2(config.card) * math.ceil(config.sample_rate / config.stride)  # bit/s a codebook
-            n_q = int(1000 * bandwidth / rate + 1e-6)
-        if n_q is not None and not 1 <= n_q <= config.n_q:
-            asked = "" if bandwidth is None else f"bandwidth = {bandwidth} kb/s, so "
-            raise UserError(f"{name}: {asked}n_q = {n_q}, but this codec has 1 to {config.n_q} codebooks")
         with torch.device("meta"):  # shapes only: memory is taken by the tensors that were read
             model = cls(config)
         load_strict(model, tensors, name)
+        if bandwidth is not None:
+            n_q = int(bandwidth / model.bandwidth + 1e-6)
         if n_q is not None:
+            if not 1 <= n_q <= config.n_q:
+                raise UserError(f"{name}: {n_q} codebooks asked for (n_q or bandwidth), this codec has 1 to "
+                                f"{config.n_q} codebooks of {model.bandwidth:g} kb/s")
             model.quantizer.codebooks = model.quantizer.codebooks[:n_q]
             model.config = dataclasses.replace(config, n_q=n_q)
         return model.eval()
@@ -309,6 +310,17 @@ def _stream_convs(layers, pieces):
 
 # --- reading and writing weights: lm.py and conditioners.py use these too ----------------------------------
 
+@contextlib.contextmanager
+def blaming(sentence: str):
+    """Whatever goes wrong inside (other libraries have errors of all kinds) becomes a UserError of this sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{sentence} ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from None
+
+
 def open_checkpoint(name) -> Path:
     """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> its directory."""
     path = Path(name).expanduser()
@@ -318,14 +330,12 @@ def open_checkpoint(name) -> Path:
         raise UserError(f"{name}: neither a directory nor a Hugging Face id such as facebook/musicgen-melody")
     from huggingface_hub import snapshot_download
     small = ["*.json", "*.model", "*.txt"]
-    try:
+    with blaming(f"{name}: not a directory here, and the Hugging Face hub did not give it; check the name and the "
+                 "network, or name a directory"):
         directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.safetensors"]))
         if not any(directory.glob("*.safetensors")):  # an older upload
             directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.bin"]))
         return directory
-    except Exception as error:  # several libraries' errors: no such name, no access, no network
-        raise UserError(f"{name}: not a directory here, and the Hugging Face hub did not give it "
-                        f"({type(error).__name__}); check the name and the network, or name a directory") from None
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -338,11 +348,7 @@ def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
     state_dict.bin. Nothing in the files is executed. Raises UserError naming the file that is missing or damaged.
     """
     for path in _weight_files(Path(directory)):
-        if path.suffix == ".safetensors":
-            found = _read_safetensors(path)
-        else:
-            found = (read_original(path)[0] if path.name == "state_dict.bin" else read_pickle(path)).items()
-        for name, tensor in found:
+        for name, tensor in _tensors_of(path):
             if not isinstance(tensor, torch.Tensor):
                 raise UserError(f"{path}: {name} is not a tensor")
             if name.startswith(prefix):
@@ -363,26 +369,23 @@ def _weight_files(directory: Path) -> list[Path]:
     raise UserError(f"{directory}: has no model.safetensors, pytorch_model.bin or state_dict.bin")
 
 
-def _read_safetensors(path):
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from None
+def _tensors_of(path):
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+        with blaming(f"{path}: damaged, or not a safetensors file"), safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())
+    else:
+        yield from (read_original(path)[0] if path.name == "state_dict.bin" else read_pickle(path)).items()
 
 
 def read_pickle(path) -> dict:
     """A .bin file of torch.save: tensors and plain values only, no code is run. Raises UserError naming it."""
-    try:
+    with blaming(f"{path}: damaged, or more than plain tensors"):
         value = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(value, dict), f"it holds a {type(value).__name__}"
         for tensor in _tensors_in(value):  # strides of 0 make much of little, until something copies it
             assert tensor.nbytes <= tensor.untyped_storage().nbytes(), "a tensor claims more numbers than it has"
         return value
-    except Exception as error:  # torch, zipfile and pickle have their own kinds
-        raise UserError(f"{path}: damaged, or more than plain tensors ({str(error)[:150]!r})") from None
 
 
 def _tensors_in(value):
@@ -397,40 +400,33 @@ def read_original(path) -> tuple[dict, dict]:
     value = read_pickle(path)
     if "pretrained" in value:
         return {}, {"pretrained": str(value["pretrained"])}
-    try:
-        import yaml
+    import yaml
+    with blaming(f"{path}: needs best_state and a YAML xp.cfg"):
         config, state = yaml.safe_load(value["xp.cfg"]), value["best_state"]
         state = state.get("model", state)
         assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values()), "not so"
         return state, config
-    except ImportError:
-        raise UserError(f"{path}: its configuration is YAML; pip install pyyaml to read it") from None
-    except Exception as error:
-        raise UserError(f"{path}: needs best_state and a YAML xp.cfg ({type(error).__name__}: {error})") from None
 
 
 def read_json(path) -> dict:
     """The object in a JSON file. Raises UserError naming it."""
-    try:
+    with blaming(f"{path}: cannot be read as JSON"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         assert isinstance(value, dict), "not an object"
         return value
-    except (OSError, ValueError, RecursionError, AssertionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
 def load_strict(module: nn.Module, tensors: dict, where):
     """Makes the tensors the module's own, without a copy. Raises UserError listing all that does not fit."""
     own = module.state_dict()
-    shapes = [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in own
-              if name in tensors and tensors[name].shape != own[name].shape]
-    types = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in FLOATS]
-    problems = [f"{what}: {listed(names)}" for what, names in
-                (("missing", sorted(own.keys() - tensors.keys())),
-                 ("surplus", sorted(tensors.keys() - own.keys())), ("wrong shape", shapes), ("wrong type", types))
-                if names]
-    if problems:
-        raise UserError(f"{where}: the weights do not fit the configuration; {'; '.join(problems)}")
+    problems = {
+        "missing": own.keys() - tensors.keys(), "surplus": tensors.keys() - own.keys(),
+        "wrong shape": [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+                        for name in own.keys() & tensors.keys() if tensors[name].shape != own[name].shape],
+        "wrong type": [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in FLOATS]}
+    if any(problems.values()):
+        raise UserError(f"{where}: the weights do not fit the configuration; " + "; ".join(
+            f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names))
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"{where}: damaged, {bad[0]} has numbers that are not finite; fetch it again")
     module.load_state_dict(tensors, assign=True)
@@ -459,25 +455,13 @@ NAMES = (
     (r"\.convtr_norm\.",                  ".norm.",                         ".convtr.norm."),
     (r"^quantizer\.codebooks\.(\d+)\.",   r"quantizer.layers.\1.codebook.", r"quantizer.vq.layers.\1._codebook."),
 )
-FIELDS = (
-    # ours                  transformers                the original
-    ("sample_rate",         "sampling_rate",            "sample_rate"),
-    ("channels",            "audio_channels",           "channels"),
-    ("n_filters",           "num_filters",              "seanet.n_filters"),
-    ("ratios",              "upsampling_ratios",        "seanet.ratios"),
-    ("dimension",           "hidden_size",              "seanet.dimension"),
-    ("lstm",                "num_lstm_layers",          "seanet.lstm"),
-    ("n_residual_layers",   "num_residual_layers",      "seanet.n_residual_layers"),
-    ("kernel_size",         "kernel_size",              "seanet.kernel_size"),
-    ("last_kernel_size",    "last_kernel_size",         "seanet.last_kernel_size"),
-    ("residual_kernel_size", "residual_kernel_size",    "seanet.residual_kernel_size"),
-    ("dilation_base",       "dilation_growth_rate",     "seanet.dilation_base"),
-    ("compress",            "compress",                 "seanet.compress"),
-    ("causal",              "use_causal_conv",          "seanet.causal"),
-    ("pad_mode",            "pad_mode",                 "seanet.pad_mode"),
-    ("norm",                "norm_type",                "seanet.norm"),
-    ("card",                "codebook_size",            "rvq.bins"),
-)
+FIELDS = {  # ours -> transformers'; the original's is seanet.OURS, but for two
+    "sample_rate": "sampling_rate", "channels": "audio_channels", "n_filters": "num_filters", "norm": "norm_type",
+    "ratios": "upsampling_ratios", "dimension": "hidden_size", "lstm": "num_lstm_layers", "card": "codebook_size",
+    "n_residual_layers": "num_residual_layers", "dilation_base": "dilation_growth_rate", "compress": "compress",
+    "kernel_size": "kernel_size", "last_kernel_size": "last_kernel_size", "causal": "use_causal_conv",
+    "residual_kernel_size": "residual_kernel_size", "pad_mode": "pad_mode",
+}
 ONLY = (  # (transformers, the original, the one value that is supported)
     ("normalize", "encodec.renormalize", False), ("chunk_length_s", None, None),
     ("trim_right_ratio", "seanet.decoder.trim_right_ratio", 1.0), (None, "seanet.activation", "ELU"),
@@ -528,21 +512,17 @@ def read_codec(name, dtype, named_by=None):
 
 def _config_from_transformers(values: dict, books: int, where) -> dict:
     from transformers import EncodecConfig  # for the defaults that a file may leave out
-    kind = values.get("model_type") if isinstance(values, dict) else values
-    if kind != "encodec":
-        raise UserError(f"{where}: a codec of model_type = {kind!r:.40} cannot be read, only encodec")
-    try:
+    with blaming(f"{where}: not a configuration of EnCodec"):
+        assert values["model_type"] == "encodec", f"model_type is {values['model_type']!r:.40}"
         theirs = EncodecConfig(**values)
         bits = 1000 * theirs.target_bandwidths[-1] / math.ceil(theirs.sampling_rate / theirs.hop_length)
         # Older versions of transformers count 10 bits a codebook whatever its size: believe the file if it agrees.
         n_q = books if books == int(bits // 10) else int(bits // math.ceil(math.log2(theirs.codebook_size)))
-    except Exception as error:  # theirs are of many kinds
-        raise UserError(f"{where}: not a configuration of EnCodec ({str(error)[:150]!r})") from None
     for key, _, value in ONLY + (("codebook_dim", None, theirs.hidden_size),):
         if key and getattr(theirs, key) != value:
             raise UserError(f"{where}: {key} = {getattr(theirs, key)!r} is not supported, only {value!r}")
     return dict(n_q=n_q, true_skip=not theirs.use_conv_shortcut,
-                **{ours: getattr(theirs, key) for ours, key, _ in FIELDS})
+                **{ours: getattr(theirs, key) for ours, key in FIELDS.items()})
 
 
 def _config_from_original(tree: dict, where) -> dict:
@@ -557,8 +537,9 @@ def _config_from_original(tree: dict, where) -> dict:
     for _, key, value in ONLY:
         if key and look(key) != value:
             raise UserError(f"{where}: {key} = {look(key)!r} is not supported, only {value!r}")
-    return dict(n_q=look("rvq.n_q"), true_skip=look("seanet.true_skip"),
-                **{ours: look(key) for ours, _, key in FIELDS})
+    paths = {ours: f"seanet.{ours}" for ours in (*FIELDS, "true_skip")}
+    paths |= {"sample_rate": "sample_rate", "card": "rvq.bins", "n_q": "rvq.n_q"}
+    return {ours: look(path) for ours, path in paths.items()}
 
 
 # --- audio files -------------------------------------------------------------------------------------------
@@ -579,36 +560,31 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
     from scipy.signal import resample_poly
     if not Path(path).is_file():
         raise UserError(f"{path}: no such audio file")
-    if start < 0 or duration is not None and duration <= 0:
+    duration = 1e9 if duration is None else duration
+    if start < 0 or duration <= 0:
         raise UserError(f"{path}: cannot read {duration} s from {start} s on; start from 0, last more than 0")
-    first, blocks = round(start * sample_rate), []
-    try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: not every name is UTF-8
-            if not 1000 <= file.samplerate <= 400_000:  # damage, or a bomb: resampling 1 Hz or 2 GHz takes any memory
-                raise UserError(f"{path}: claims {file.samplerate} Hz; save it at a rate from 1,000 to 400,000 Hz")
-            divisor = math.gcd(sample_rate, file.samplerate)
-            up, down = sample_rate // divisor, file.samplerate // divisor  # `down` samples become `up`
-            margin = 10 * max(up, down) // (up * down) + 2                 # half of the filter, in such groups
-            begin = max(0, first // up - margin)                           # group where reading begins
-            end = math.inf if duration is None else ((first + round(duration * sample_rate)) // up + margin) * down
-            if begin * down > file.frames:
-                raise UserError(f"{path}: has {file.frames / file.samplerate:.2f} s, nothing at {start:.2f} s")
-            file.seek(begin * down)
-            left, size = end - begin * down, 2 ** 18 // file.channels
-            while left > 0 and len(block := file.read(min(size, left), "float32", always_2d=True)):
-                left -= len(block)
-                wide = np.repeat(block, 2, 1) if block.shape[1] < channels else block[:, :channels]
-                blocks.append(block.mean(1, keepdims=True) if channels == 1 else wide)
-    except (RuntimeError, OSError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: cannot be read as audio ({error})") from None
+    first, length, blocks = round(start * sample_rate), round(duration * sample_rate), []
+    with blaming(f"{path}: cannot be read as audio"), soundfile.SoundFile(os.fsencode(path)) as file:
+        if not 1000 <= file.samplerate <= 400_000:  # damage, or a bomb: resampling 1 Hz or 2 GHz takes any memory
+            raise UserError(f"{path}: claims {file.samplerate} Hz; save it at a rate from 1,000 to 400,000 Hz")
+        divisor = math.gcd(sample_rate, file.samplerate)
+        up, down = sample_rate // divisor, file.samplerate // divisor  # `down` samples become `up`
+        margin = 10 * max(up, down) // (up * down) + 2                 # half of the filter, in such groups
+        begin = max(0, first // up - margin)                           # group where reading begins
+        if begin * down > file.frames:
+            raise UserError(f"{path}: has {file.frames / file.samplerate:.2f} s, nothing at {start:.2f} s")
+        file.seek(begin * down)
+        left, size = ((first + length) // up + margin - begin) * down, 2 ** 18 // file.channels
+        while left > 0 and len(block := file.read(min(size, left), "float32", always_2d=True)):
+            left -= len(block)
+            sides = block[:, [0, min(1, block.shape[1] - 1)]]  # the first two channels, or the only one twice
+            blocks.append(block.mean(1, keepdims=True) if channels == 1 else sides)
     wav = np.concatenate(blocks) if blocks else np.zeros((0, channels), np.float32)
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: has samples that are not finite numbers")
     if len(wav) and (up, down) != (1, 1):
         wav = resample_poly(wav, up, down, axis=0)
-    wav = wav[first - begin * up:][:None if duration is None else round(duration * sample_rate)]
+    wav = wav[first - begin * up:][:length]
     if not len(wav):
         raise UserError(f"{path}: no sound" + (f" at {start:.2f} s" if start else ""))
     return torch.from_numpy(np.ascontiguousarray(wav.T, dtype=np.float32))
@@ -628,13 +604,12 @@ def write_audio(path, wav, sample_rate: int):
     kind, subtype = FORMATS[suffix]
 
     def content(temporary):
-        with soundfile.SoundFile(os.fsencode(temporary), "w", sample_rate, samples.shape[1], subtype, None, kind) as file:
+        with soundfile.SoundFile(os.fsencode(temporary), "w", sample_rate, samples.shape[1], subtype,
+                                 format=kind) as file:
             for i in range(0, len(samples), 2 ** 16):  # libsndfile's ogg writer fails on long blocks
                 file.write(samples[i:i + 2 ** 16])
-    try:
+    with blaming(f"{path}: cannot be written"):
         write_atomic(path, content)
-    except RuntimeError as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
 
 
 # --- training: losses, discriminator, balancer (EnCodec, sections 3.4 and 3.5) -----------------------------
@@ -663,36 +638,28 @@ def power_spectrogram(wav, n_fft: int):
     return (power / window.square().sum()).view(B, C, *power.shape[1:])
 
 
-def spectral_losses(config: Config, wav, reconstruction) -> dict:
-    """Both losses over windows 2 ** mel_range, from the same spectrograms.
+def codec_losses(config: Config, wav, reconstruction) -> dict:
+    """{name: loss} of the terms that compare two waves (B, C, L) and have a weight of that name in config.
 
-    msspec: mean over windows of mean|M_x - M_y| + mean (log10 M_x - log10 M_y)^2, M mel spectrograms, halved.
-    sc: spectral convergence, sum over windows of |S_x - S_y| / |S_x|, S magnitudes, Frobenius norms.
+    l1: mean absolute difference of the samples. The others add up over windows 2 ** mel_range:
+    msspec: mean|M_x - M_y| + mean (log10 M_x - log10 M_y)^2, M mel spectrograms, mean over windows, halved.
+    sc: spectral convergence |S_x - S_y| / |S_x|, S magnitudes, Frobenius norms.
     """
-    scales, mel, convergence = range(*config.mel_range), 0.0, 0.0
-    for i in scales:
+    losses, scales = {"l1": F.l1_loss(reconstruction, wav), "msspec": 0.0, "sc": 0.0}, range(*config.mel_range)
+    for i in scales if config.msspec or config.sc else ():
         filters = mel_filters(2 ** i, config.sample_rate, config.n_mels, wav.device)
         x, y = (power_spectrogram(w.float(), 2 ** i) for w in (wav, reconstruction))
         m_x, m_y = x.mT @ filters, y.mT @ filters  # (B, C, frames, n_mels)
         log_x, log_y = (m_x + config.mel_floor).log10(), (m_y + config.mel_floor).log10()
-        mel = mel + (m_x - m_y).abs().mean() + (log_x - log_y).square().mean()
-        if config.sc:
-            x, y = (x + 1e-10).sqrt(), (y + 1e-10).sqrt()
-            convergence = convergence + (x - y).norm() / x.norm()
-    return {"msspec": mel / (2 * len(scales)), "sc": convergence}
+        losses["msspec"] += ((m_x - m_y).abs().mean() + (log_x - log_y).square().mean()) / (2 * len(scales))
+        x, y = (x + 1e-10).sqrt(), (y + 1e-10).sqrt()
+        losses["sc"] += (x - y).norm() / x.norm()
+    return {name: loss for name, loss in losses.items() if getattr(config, name) > 0}
 
 
 def mel_loss(config: Config, wav, reconstruction):
-    """Multi-scale mel distance of two waves (B, C, L)."""
-    return spectral_losses(dataclasses.replace(config, sc=0.0), wav, reconstruction)["msspec"]
-
-
-def codec_losses(config: Config, wav, reconstruction) -> dict:
-    """{name: loss} of the terms that compare two waves (B, C, L) and have a weight of that name in config."""
-    losses = {"l1": F.l1_loss(reconstruction, wav)}
-    if config.msspec or config.sc:
-        losses |= spectral_losses(config, wav, reconstruction)
-    return {name: loss for name, loss in losses.items() if getattr(config, name) > 0}
+    """Multi-scale mel distance (msspec) of two waves (B, C, L)."""
+    return codec_losses(dataclasses.replace(config, msspec=1.0), wav, reconstruction)["msspec"]
 
 
 class MultiScaleSTFTDiscriminator(nn.Module):
@@ -704,9 +671,8 @@ class MultiScaleSTFTDiscriminator(nn.Module):
                                             for window in config.disc_windows)
 
     def forward(self, wav):
-        """-> logits [(B, 1, frames, freq) of each window], maps [[5 feature maps] of each window]"""
-        logits, maps = zip(*(judge(wav) for judge in self.discriminators))
-        return list(logits), list(maps)
+        """-> logits ((B, 1, frames, freq) of each window), maps ([5 feature maps] of each window)"""
+        return tuple(zip(*(judge(wav) for judge in self.discriminators)))
 
 
 class STFTDiscriminator(nn.Module):
@@ -738,10 +704,8 @@ class STFTDiscriminator(nn.Module):
 
 def generator_losses(fake, real) -> dict:
     """Outputs of the discriminator on reconstruction and original -> {"adv", "feat"}: fool it, look alike in it."""
-    def mean(values):
-        return torch.stack(list(values)).mean()
-    feat = (mean(F.l1_loss(f, r.detach()) for f, r in zip(*maps)) for maps in zip(fake[1], real[1]))
-    return {"adv": mean(-logits.mean() for logits in fake[0]), "feat": mean(feat)}
+    feat = [F.l1_loss(f, r.detach()) for maps in zip(fake[1], real[1]) for f, r in zip(*maps)]  # as many in each
+    return {"adv": torch.stack([-logits.mean() for logits in fake[0]]).mean(), "feat": torch.stack(feat).mean()}
 
 
 def discriminator_loss(fake, real):
@@ -756,19 +720,16 @@ class Balancer(nn.Module):
     the batch each send back what one would with all of it.
     """
 
-    def __init__(self, weights: dict, decay: float = 0.999, per_item: bool = True, total_norm: float = 1.0):
+    def __init__(self, weights: dict, decay: float = 0.999, per_item: bool = True):
         super().__init__()
-        self.weights, self.decay, self.per_item, self.total_norm = weights, decay, per_item, total_norm
+        self.weights, self.decay, self.per_item = weights, decay, per_item
         self.register_buffer("norms", torch.zeros(len(weights)))   # decayed sums; divided by the next: averages
         self.register_buffer("counts", torch.zeros(len(weights)))
 
     def backward(self, losses: dict, output):
         """Sends the balanced gradient of {name: loss} into output (B, C, L) and behind it -> the balanced loss."""
         total, gradient = 0.0, torch.zeros_like(output)
-        share = self.total_norm / sum(self.weights[name] for name in losses)
-        for i, name in enumerate(self.weights):
-            if name not in losses:
-                continue
+        for i, (name, weight) in enumerate(self.weights.items()):
             g, = torch.autograd.grad(losses[name], output, retain_graph=True)
             norm = g.flatten(1).norm(dim=1).mean() if self.per_item else g.norm()
             if process_count() > 1:  # each has the mean over its own, fewer, items: larger gradients
@@ -776,7 +737,7 @@ class Balancer(nn.Module):
                 norm = norm / process_count() ** 2
             self.norms[i] = self.decay * self.norms[i] + norm
             self.counts[i] = self.decay * self.counts[i] + 1
-            factor = share * self.weights[name] / (1e-12 + self.norms[i] / self.counts[i])
+            factor = weight / sum(self.weights.values()) / (1e-12 + self.norms[i] / self.counts[i])
             gradient += factor * g
             total = total + factor * losses[name].detach()
         output.backward(gradient)
@@ -785,7 +746,6 @@ class Balancer(nn.Module):
 
 def demo(argv):
     """samples -> frames -> codes -> samples, of FILE or of two seconds of a glide."""
-    torch.manual_seed(0)
     directory = Path(__file__).parent / "checkpoints" / "tiny" / "codec"
     if directory.is_dir():
         codec = EncodecModel.from_pretrained(directory)
@@ -796,20 +756,17 @@ def demo(argv):
     wav = 0.3 * torch.sin(2 * torch.pi * (220 + 110 * time) * time).expand(codec.channels, -1)
     if argv:
         wav = read_audio(argv[0], codec.sample_rate, codec.channels, duration=10.0)
-    wav, config = wav[None], codec.config
-    codes = codec.encode(wav)
-    bits = codec.num_codebooks * math.log2(codec.cardinality) * codec.frame_rate / 1000
-    print(f"samples  {tuple(wav.shape)}  {wav.shape[2] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")
-    print(f"frames   {(1, config.dimension, codes.shape[2])}  one for {codec.stride} samples, "
+    codes, K = codec.encode(wav[None]), codec.num_codebooks
+    print(f"samples  {(1, *wav.shape)}  {wav.shape[1] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")
+    print(f"frames   {(1, codec.config.dimension, codes.shape[2])}  one for {codec.stride} samples, "
           f"{codec.frame_rate:g} a second")
-    print(f"codes    {tuple(codes.shape)}  below {codec.cardinality}, {bits:.2f} kb/s; the first frames:")
+    print(f"codes    {tuple(codes.shape)}  below {codec.cardinality}, {K * codec.bandwidth:.2f} kb/s; the first ones:")
     for k, row in enumerate(codes[0, :, :12].tolist()):
         print(f"     k{k}  " + " ".join(f"{code:4d}" for code in row))
-    for k in range(1, codec.num_codebooks + 1):
+    for k in range(1, K + 1):
         back = codec.decode(codes[:, :k])
-        distance = float(mel_loss(config, wav, back[..., :wav.shape[2]]))
-        print(f"samples  {tuple(back.shape)}  from {k} of {codec.num_codebooks} codebooks, "
-              f"mel distance {distance:.3f}")
+        distance = float(mel_loss(codec.config, wav[None], back[..., :wav.shape[1]]))
+        print(f"samples  {tuple(back.shape)}  from {k} of {K} codebooks, mel distance {distance:.3f}")
 
 
 if __name__ == "__main__":
