@@ -11,11 +11,12 @@ assignments (`dim = 256`) that override them; `--key=value` on the command line 
 `load(argv)` is the one way in. The resolved configuration is stored as config.json beside every
 checkpoint, and a checkpoint can be loaded from that alone.
 
-Two things every stage shares also live here, because a second copy would be one too many: `UserError`
-with `run` (bad input ends in one sentence and exit code 2), and `write_atomic` (a file appears whole or
-not at all).
+What every stage shares also lives here, because a second copy would be one too many: `UserError` with
+`run` and `blaming` (bad input ends in one sentence and exit code 2), `read_json`, and `write_atomic` (a
+file appears whole or not at all).
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -192,12 +193,7 @@ class Config:
     @classmethod
     def from_json(cls, path) -> "Config":
         """Reads a config.json that `save` wrote. Raises UserError naming the file and the key."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable configuration ({error})") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: a configuration is a JSON object, this is a {type(values).__name__}")
+        values = read_json(path)
         try:
             return cls(**_known(values, str(path)))
         except UserError as error:
@@ -352,6 +348,25 @@ def _check(c: Config):
 
 class UserError(ValueError):
     """A mistake of the caller's, told in one sentence that names the culprit and the way out."""
+
+
+@contextlib.contextmanager
+def blaming(sentence: str):
+    """Whatever goes wrong inside (other libraries have errors of all kinds) becomes a UserError of this sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{sentence} ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from None
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file. Raises UserError naming it."""
+    with blaming(f"{path}: cannot be read as JSON"):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert isinstance(value, dict), f"a {type(value).__name__}, not an object"
+        return value
 
 
 def run(main, *args):

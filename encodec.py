@@ -12,7 +12,6 @@ over all frames. The decoder is its mirror image. T = ceil(L / stride), stride =
 The file has the model, long audio in pieces, weights in the formats in use, audio files, and what only training
 needs: losses, discriminator, balancer.
 """
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from config import Config, UserError, run, write_atomic
+from config import Config, UserError, blaming, read_json, run, write_atomic
 from rvq import ResidualVectorQuantizer, process_count
 
 PIECE = 50  # frames of a piece when audio is coded piece by piece: more takes more memory and is no faster
@@ -310,17 +309,6 @@ def _stream_convs(layers, pieces):
 
 # --- reading and writing weights: lm.py and conditioners.py use these too ----------------------------------
 
-@contextlib.contextmanager
-def blaming(sentence: str):
-    """Whatever goes wrong inside (other libraries have errors of all kinds) becomes a UserError of this sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{sentence} ({type(error).__name__}: {' '.join(str(error).split())[:150]})") from None
-
-
 def open_checkpoint(name) -> Path:
     """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> its directory."""
     path = Path(name).expanduser()
@@ -406,14 +394,6 @@ def read_original(path) -> tuple[dict, dict]:
         state = state.get("model", state)
         assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values()), "not so"
         return state, config
-
-
-def read_json(path) -> dict:
-    """The object in a JSON file. Raises UserError naming it."""
-    with blaming(f"{path}: cannot be read as JSON"):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        assert isinstance(value, dict), "not an object"
-        return value
 
 
 def load_strict(module: nn.Module, tensors: dict, where):
