@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import UserError, run
+from config import UserError, blaming, run
 
 PITCH_CLASSES = "C C# D D# E F F# G G# A A# B".split()
 
@@ -167,10 +167,8 @@ def _median(x, size: int):
 @lru_cache(maxsize=1)
 def _load_demucs(device):
     from demucs import pretrained
-    try:
+    with blaming("stem = 'demucs': its weights do not load; use stem = 'hpss'"):
         return pretrained.get_model("htdemucs").to(device).eval()
-    except Exception as error:  # download, file or version trouble of another package
-        raise UserError(f"stem = 'demucs': its weights do not load ({error}); use stem = 'hpss'") from None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ convolution that divides the rate by one of `ratios` (innermost last) and double
 over all frames. The decoder is its mirror image. T = ceil(L / stride), stride = product of the ratios.
 
 The file has the model, long audio in pieces, weights in the formats in use, audio files, and what only training
-needs: losses, discriminator, balancer.
+needs: losses, discriminator, balancer. To understand MusicGen, read as far as `EncodecModel.decode`.
 """
 import dataclasses
 import functools
@@ -31,11 +31,8 @@ from torch.nn.utils import parametrizations, parametrize
 from config import Config, UserError, blaming, read_json, run, write_atomic
 from rvq import ResidualVectorQuantizer, process_count
 
-PIECE = 50  # frames of a piece when audio is coded piece by piece: more takes more memory and is no faster
-
 
 # --- the model ---------------------------------------------------------------------------------------------
-
 
 def pad1d(x, left: int, right: int, mode: str):
     """Pads time. Reflection needs a signal longer than the padding: a shorter one gets zeros on its right first,
@@ -57,6 +54,9 @@ class Conv(nn.Module):
 
     Non-causal splits the padding (the odd one goes left), causal puts all of it left, so that no output sees
     what comes after its stride. Where L is not a multiple of the stride, more goes right to fill the last window.
+
+    config.pad_mode fills it: with zeros in the configuration that the original trains its 32 kHz codec with
+    ("constant"), with reflection in those that transformers has for released ones. A checkpoint's own decides.
     """
 
     def __init__(self, config: Config, inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1):
@@ -169,7 +169,6 @@ class EncodecModel(nn.Module):
     channels = property(lambda self: self.config.channels)                            # C
     stride = property(lambda self: self.config.stride)                                # samples per frame
     frame_rate = property(lambda self: self.config.sample_rate / self.config.stride)  # frames/s
-    bandwidth = property(lambda self: math.log2(self.config.card) * math.ceil(self.frame_rate) / 1000)  # of 1, kb/s
     num_codebooks = property(lambda self: self.config.n_q)                            # K
     cardinality = property(lambda self: self.config.card)                             # V
 
@@ -218,6 +217,11 @@ class EncodecModel(nn.Module):
     def _check_wav(self, wav):
         if wav.ndim != 3 or wav.shape[1] != self.channels or wav.shape[2] == 0:
             raise UserError(f"a wave of shape {tuple(wav.shape)}: this codec takes (batch, {self.channels}, samples)")
+
+    @property
+    def bandwidth(self) -> float:
+        """kb/s of one codebook (as transformers and the original count, at whole frames a second)"""
+        return math.log2(self.cardinality) * math.ceil(self.frame_rate) / 1000
 
     def fold(self) -> "EncodecModel":
         """Turns weight norm into plain weights, once and for good: faster, same output. For inference."""
@@ -270,6 +274,9 @@ class EncodecModel(nn.Module):
 
 
 # --- long audio: the same layers, piece by piece -----------------------------------------------------------
+
+PIECE = 50  # frames of a piece when audio is coded piece by piece: more takes more memory and is hardly faster
+
 
 def stream(layers, pieces):
     """Runs encoder or decoder over an iterator of consecutive pieces (B, channels, any length): yields its output.
@@ -324,9 +331,6 @@ def open_checkpoint(name) -> Path:
         if not any(directory.glob("*.safetensors")):  # an older upload
             directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.bin"]))
         return directory
-
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
@@ -403,7 +407,8 @@ def load_strict(module: nn.Module, tensors: dict, where):
         "missing": own.keys() - tensors.keys(), "surplus": tensors.keys() - own.keys(),
         "wrong shape": [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
                         for name in own.keys() & tensors.keys() if tensors[name].shape != own[name].shape],
-        "wrong type": [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in FLOATS]}
+        "wrong type": [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in
+                       (torch.float32, torch.float16, torch.bfloat16, torch.float64)]}
     if any(problems.values()):
         raise UserError(f"{where}: the weights do not fit the configuration; " + "; ".join(
             f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names))
@@ -740,7 +745,7 @@ def demo(argv):
     print(f"samples  {(1, *wav.shape)}  {wav.shape[1] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")
     print(f"frames   {(1, codec.config.dimension, codes.shape[2])}  one for {codec.stride} samples, "
           f"{codec.frame_rate:g} a second")
-    print(f"codes    {tuple(codes.shape)}  below {codec.cardinality}, {K * codec.bandwidth:.2f} kb/s; the first ones:")
+    print(f"codes    {tuple(codes.shape)}  below {codec.cardinality}, {K * codec.bandwidth:.2f} kb/s; the first:")
     for k, row in enumerate(codes[0, :, :12].tolist()):
         print(f"     k{k}  " + " ".join(f"{code:4d}" for code in row))
     for k in range(1, K + 1):

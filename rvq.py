@@ -42,8 +42,9 @@ class ResidualVectorQuantizer(nn.Module):
         B, Z, T = x.shape
         x = x.float()  # whatever the precision around it: half would pick wrong neighbours
         residual = x.transpose(1, 2).reshape(B * T, Z)
-        joint, mine = _of_all_processes(residual.detach()) if self.training else (residual.detach(), slice(None))
+        joint, mine = residual.detach(), slice(None)
         if self.training:
+            joint, mine = _of_all_processes(joint)
             joint = joint.nan_to_num(0.0, 0.0, 0.0)  # a NaN would stay in the averages for good
             # Passes so far seed all draws: every process draws alike, and a resumed run as if never stopped.
             passes = [int(n) for n in torch.cat([c.inited for c in self.codebooks]).tolist()]
