@@ -15,6 +15,7 @@ What every stage shares also lives here, because a second copy would be one too 
 `run` and `blaming` (bad input ends in one sentence and exit code 2), `read_json`, and `write_atomic` (a
 file appears whole or not at all).
 """
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -367,6 +368,13 @@ def read_json(path) -> dict:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         assert isinstance(value, dict), f"a {type(value).__name__}, not an object"
         return value
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes in flags are told as all others are."""
+
+    def error(self, message):
+        raise UserError(f"{message}; `python {self.prog} --help` lists all flags")
 
 
 def run(main, *args):

@@ -14,6 +14,7 @@ lines. Checkpoints of transformers and of the original enter and leave through o
 """
 import json
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import nn
 
 import patterns
 from conditioners import Conditioners, Conditions
-from config import Config, UserError
+from config import Config, UserError, load
 
 # --- the transformer -------------------------------------------------------------------------------------------
 
@@ -251,7 +252,6 @@ class LMModel(nn.Module):
 
         compact: matrices as int8 with a scale for each row, the rest as float16; a quarter of the size.
         """
-        from pathlib import Path
         from encodec import write_tensors
         tensors = self.state_dict()
         tensors.pop(TIED[1], None)
@@ -359,7 +359,7 @@ def sample(logits, uniform, temperature: float = 1.0, top_k: int = 0, top_p: flo
     Inverse transform sampling over the sorted entries: the draw depends on the item's own numbers alone, so a
     batch, a device or a neighbour cannot change it. Temperature 0 or top_k 1 is greedy.
     """
-    if temperature == 0 or top_k == 1:
+    if temperature < 1e-5 or top_k == 1:
         return logits.argmax(-1)
     V = logits.shape[-1]
     values, index = (logits.float() / temperature).topk(min(top_k, V) if top_k else V, dim=-1)  # sorted
@@ -603,7 +603,6 @@ def export_transformers(lm: LMModel, codec, directory):
     Note that transformers feeds one-hot C where there is no melody: see `conditioners.null_melody`.
     """
     import tempfile
-    from pathlib import Path
     from encodec import read_json, read_tensors, write_tensors
     from config import write_atomic
     c, directory = lm.config, Path(directory)
@@ -656,9 +655,8 @@ def demo():
     torch.manual_seed(0)
     print("parameters of the paper's models (language model with its projections; made without memory):")
     for name in ("config/melody.py", "config/text.py"):
-        from config import load
         with torch.device("meta"):
-            lm = LMModel(load([name]))
+            lm = LMModel(load([str(Path(__file__).parent / name)]))
         print(f"  {name:18} {sum(p.numel() for p in lm.parameters()) / 1e9:.2f} B")
 
     config = Config(dim=64, num_heads=4, num_layers=3, card=32, t5="bytes", segment_duration=1.0)

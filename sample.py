@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import UserError, pick_device, run, write_atomic
+from config import Parser, UserError, pick_device, run, write_atomic
 from encodec import EncodecModel, open_checkpoint, read_audio, write_audio
 from lm import LMModel, condition_passes, generate
 
@@ -159,6 +159,8 @@ class MusicGen:
             raise UserError(f"duration {duration} s: must be more than 0 and at most {MAX_DURATION:.0f} s")
         if not (temperature >= 0 and top_k >= 0 and 0 <= top_p <= 1):
             raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} within 0 and 1")
+        if not abs(guidance) <= 1000:
+            raise UserError(f"guidance {guidance}: must lie between -1000 and 1000; 3 is usual")
         if any(c is not None for c in chromas) and self.lm.conditioner.melody is None:
             raise UserError("this model was trained on text only and takes no melody; use a melody model or leave it out")
 
@@ -217,11 +219,6 @@ def resample(wav: torch.Tensor, old: int, new: int) -> torch.Tensor:
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; `python sample.py --help` lists all flags")
-
 
 def seconds(text: str) -> float:
     if not 0 < float(text) <= MAX_DURATION:
@@ -283,6 +280,8 @@ def main(argv):
         melodies *= len(texts)
     if len(melodies) != len(texts):
         raise UserError(f"{len(melodies)} --melody for {len(texts)} --text: give one for all, or one for each")
+    if args.prompt and args.continue_from:
+        raise UserError("--prompt and --continue_from: give one of the two")
     seeds = [(args.seed or 0) + i for i in range(len(texts))]
     outs = output_names(args, texts)
 

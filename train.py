@@ -429,6 +429,8 @@ def train(config: Config, resume: bool = False, interrupted=()):
     if (out / "model.safetensors").exists() and not resume:
         raise UserError(f"out_dir = {config.out_dir!r} already holds a model; choose another out_dir"
                         f"{', or add --resume to continue it' if state.exists() else ''}")
+    if (out / "config.json").exists() and not (out / "metrics.jsonl").exists() and not resume:
+        raise UserError(f"out_dir = {config.out_dir!r} has a config.json that is not of a run; choose another out_dir")
     torch.manual_seed(config.seed)
     task = (CodecTraining if config.task == "codec" else LMTraining)(config, device)
     ema, optimizers = EMA(task.module, config.ema_decay), build_optimizers(task.module, task.extra, config)
@@ -514,17 +516,25 @@ def open_run(out: Path, task, first: int):
             old, new = dataclasses.asdict(Config.from_json(out / "config.json")), dataclasses.asdict(config)
             for key in (key for key in new if old[key] != new[key]):
                 print(f"continuing with {key} = {new[key]!r}, was {old[key]!r}", file=sys.stderr)
-        config.save(out / "config.json")
-        if config.task == "lm":
-            task.codec.save(out / "codec")
         for leftover in out.glob(".writing-*"):  # of a process that was killed while it wrote
             leftover.unlink()
         metrics = out / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] <= first]
+        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
+        kept = [line for line in lines if update_of(line) <= first]
         write_atomic(metrics, "".join(line + "\n" for line in kept).encode())
+        config.save(out / "config.json")
+        if config.task == "lm":
+            task.codec.save(out / "codec")
     if process_count() > 1:
         dist.barrier()
+
+
+def update_of(line: str) -> float:
+    """The update that a line of metrics.jsonl tells of; of a torn line, none that has been."""
+    try:
+        return float(json.loads(line)["update"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 def every(update: int, period: int) -> bool:
@@ -724,11 +734,12 @@ def load_state(path: Path, task, optimizers, ema, scaler) -> int:
                 p = weights[name.removeprefix("optim.").rpartition(".")[0]]
                 owner[p].state[p][name.rpartition(".")[2]] = like(file.get_tensor(name), p)
             info = json.loads(file.metadata()["info"])
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        scaler.load_state_dict(info["scaler"])
+        ema.count, update = float(info["ema_count"]), int(info["update"])
+        assert 0 <= update < 1e15, f"update {update}"
+        return update
+    except (SafetensorError, OSError, LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{path}: damaged, or of another configuration ({str(error)[:200]})") from None
-    ema.count = info["ema_count"]
-    scaler.load_state_dict(info["scaler"])
-    return info["update"]
 
 
 def export(out: Path, task, ema):
@@ -754,6 +765,8 @@ def adopt(config: Config) -> Config:
     else:
         directory = open_checkpoint(config.init_from)
         theirs = read_config(directory)[0]
+        if theirs.task != "lm":
+            raise UserError(f"init_from = {config.init_from!r}: holds a codec, no language model; name another one")
         if (directory / "codec").is_dir():
             theirs = dataclasses.replace(theirs, codec=str(directory / "codec"))
     return dataclasses.replace(config, **{key: getattr(theirs, key) for key in ARCHITECTURE})

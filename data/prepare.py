@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
 from chroma import ChromaExtractor, pick_stem, separate
-from config import Config, UserError, load, pick_device, run, write_atomic
+from config import Config, Parser, UserError, load, pick_device, run, write_atomic
 from encodec import EncodecModel, read_audio, stream
 
 AUDIO = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff",
@@ -402,6 +402,8 @@ def check_settings(out: Path, settings: dict):
     """Raises UserError if what is in `out` was made with other settings; writes them if nothing is there."""
     path = out / "settings.json"
     if not path.exists():
+        if (out / "index.json").exists():
+            raise UserError(f"{out}: has an index.json, but not the settings.json it was made with; choose another --out")
         write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
     try:
         before = parse_object(read_text(path))
@@ -455,7 +457,7 @@ def prepare_all(todo: list[tuple[Track, list]], folder: Path, shard: Shard, prep
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of recordings")
     parser.add_argument("--out", type=Path, required=True, help="where the prepared data go")
     parser.add_argument("--config", help="a configuration file: codec, stem and chroma as it says")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from conditioners import augment_description, drop_conditions, word_dropout
 from config import Config, UserError
+from data.prepare import clean
 from encodec import read_audio, read_json
 from rvq import process_count, rank
 
@@ -116,18 +117,21 @@ class TokenSegments:
                             memmap(folder / f"chroma.{n:05d}.u8", np.uint8)) for n in range(index["shards"])]
             kept = set(part([t["file"] for t in index["tracks"]]))
             tracks = [t for t in index["tracks"] if t["file"] in kept]
-            for t in tracks:
+            for t in tracks:  # somebody else may have written this
+                places = [t[key] for key in ("shard", "codes_start", "frames", "chroma_start", "chroma_frames")]
+                assert all(type(n) is int and n >= 0 for n in places) and 0 <= t["weight"] < 1e9, t["file"]
                 codes, chroma = self.shards[t["shard"]]
-                assert 0 <= t["codes_start"] <= len(codes) - t["frames"], t["file"]
-                assert 0 <= t["chroma_start"] <= len(chroma) - t["chroma_frames"], t["file"]
+                assert t["codes_start"] + t["frames"] <= len(codes), t["file"]
+                assert t["chroma_start"] + t["chroma_frames"] <= len(chroma), t["file"]
+                t["meta"] = clean(t["meta"])
             self.tracks = [t for t in tracks if t["frames"] >= self.T and t["weight"] > 0]
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
-            raise UserError(f"{folder}: index and shards do not fit ({error!r}); prepare it again") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError) as error:
+            raise UserError(f"{folder}: index and shards do not fit ({error!r:.200}); prepare it again") from None
+        if split == "train" and not self.tracks:
+            raise UserError(f"{folder}: no track has segment_duration = {config.segment_duration} s; lower it")
         if len(self.tracks) < len(tracks) and rank() == 0:
             print(f"{folder}: {len(tracks) - len(self.tracks)} of {len(tracks)} tracks are left out: shorter than "
                   f"segment_duration = {config.segment_duration} s, or of weight 0", file=sys.stderr)
-        if split == "train" and not self.tracks:
-            raise UserError(f"{folder}: no track has segment_duration = {config.segment_duration} s; lower it")
         self.sums = np.cumsum([t["frames"] * t["weight"] for t in self.tracks])
 
     def __len__(self):
@@ -144,13 +148,15 @@ class TokenSegments:
         config, where = self.config, f"{track['file']} at {start / self.config.sample_rate:.3f} s"
         all_codes, all_chroma = self.shards[track["shard"]]
         codes = all_codes[track["codes_start"] + start // config.stride:][:self.T].T.astype(np.int64)
-        if codes.max() >= config.card:
-            raise UserError(f"{where}: has codes beyond card = {config.card}; the shard is damaged, prepare it again")
         chroma, frames = torch.zeros(config.chroma_frames, config.n_chroma), track["chroma_frames"]
         has_melody, text = frames > 0 and config.melody != "none", track["meta"].get("description")
         if has_melody:  # repeats from the track's start should it end first, as in sampling
             places = track["chroma_start"] + (start // self.hop + np.arange(len(chroma))) % frames
-            chroma[torch.arange(len(chroma)), torch.from_numpy(all_chroma[places].astype(np.int64))] = 1.0
+            classes = all_chroma[places].astype(np.int64)
+            chroma[torch.arange(len(chroma)), torch.from_numpy(classes % config.n_chroma)] = 1.0
+        if codes.max() >= config.card or has_melody and classes.max() >= config.n_chroma:
+            raise UserError(f"{config.data_dir}: {where} has codes beyond card = {config.card}, or pitch classes beyond "
+                            f"{config.n_chroma}; the shard is damaged, prepare it again")
         if rng is not None:
             text = word_dropout(augment_description(track["meta"], config, rng), config.word_dropout, rng)
             text, has_melody = drop_conditions(text, has_melody, config, rng)

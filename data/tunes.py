@@ -9,7 +9,6 @@ truth) and the melody alone, the clean source of chroma. Training, validation an
 
 Offline and deterministic: clip i of a split is drawn from a generator seeded (seed, split, i), whoever renders it.
 """
-import argparse
 import functools
 import hashlib
 import json
@@ -27,7 +26,7 @@ from scipy.signal import oaconvolve
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
-from config import UserError, run, write_atomic
+from config import Parser, UserError, run, write_atomic
 
 SPLITS = ("train", "valid", "test")
 TEST_TUNES, VALID_TUNES = 100, 20       # all others are for training
@@ -481,7 +480,7 @@ def write_one(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="renders the embedded tunes as a training set")
+    parser = Parser(description="renders the embedded tunes as a training set")
     parser.add_argument("--out", default="data/tunes", help="folder; gets train/, valid/ and test/")
     parser.add_argument("--clips", type=int, nargs=3, default=(20, 10, 2), metavar=("TRAIN", "VALID", "TEST"),
                         help="of each tune")
