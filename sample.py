@@ -375,6 +375,7 @@ def read_codes(path, config) -> torch.Tensor:
         with zipfile.ZipFile(path) as file:     # a small archive can unpack to anything
             assert sum(info.file_size for info in file.infolist()) < 2 ** 28, "it claims more than 256 MB"
         with np.load(path, allow_pickle=False) as file:
+            assert file["codes"].dtype.kind in "iu", "its codes are no integers"
             codes = torch.from_numpy(file["codes"].astype(np.int64))
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise UserError(f"--continue_from {path}: not a file of --save_codes ({str(error)[:100]})") from None
