@@ -11,6 +11,7 @@ fine-tuning, --plan) can wait. Everything random about item i of update u comes 
 so that one process or eight, resumed or not, train on the same data. `update` counts steps of the optimizer, from 0.
 """
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -656,8 +657,10 @@ def wrap(module, config: Config, layers=()):
     if process_count() == 1:
         return module
     from torch.nn.parallel import DistributedDataParallel
-    # the codebooks keep their buffers equal by themselves
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"   # before torch 2.13
+    # no broadcast: the codebooks keep their buffers equal by themselves
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{sync: False})
 
 
 @contextmanager
