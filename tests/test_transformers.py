@@ -192,6 +192,10 @@ def test_exported_and_read_back(tmp_path, kind):
     expected = greedy(theirs.eval(), tmp_path / "second", ["slow flute"], features)
     assert torch.equal(ours(tmp_path / "second", ["slow flute"], None if features is None else list(features)), expected)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "second")("slow")["input_ids"] == [3, 1]
+    if kind != "melody" or transformers.utils.is_torchaudio_available():    # the melody processor needs that package
+        processor = transformers.AutoProcessor.from_pretrained(tmp_path / "second")
+        assert type(processor).__name__ == ("MusicgenMelodyProcessor" if kind == "melody" else "MusicgenProcessor")
+        assert processor(text=["slow"], return_tensors="pt")["input_ids"].tolist() == [[3, 1]]
     assert json.loads((tmp_path / "second" / "preprocessor_config.json").read_text())["sampling_rate"] == 8000
 
 
