@@ -14,6 +14,7 @@ needs: losses, discriminator, balancer. To understand MusicGen, read as far as `
 """
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -426,7 +427,8 @@ def write_tensors(path, tensors: dict, metadata: dict | None = None):
     """Writes a safetensors file; the whole file or nothing."""
     from safetensors.torch import save_file
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata or {"format": "pt"}))
+    with blaming(f"{path}: cannot be written"):  # a full disk is an error of safetensors' own
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata or {"format": "pt"}))
 
 
 # --- the codec in the formats of others --------------------------------------------------------------------
@@ -586,15 +588,12 @@ def write_audio(path, wav, sample_rate: int):
         raise UserError(f"{path}: not written, the wave has samples that are not finite numbers")
     peak = float(wav.abs().max()) if wav.numel() else 0.0
     samples = (wav * (0.99 / peak) if peak > 0.99 else wav).T.numpy()  # (L, C)
-    kind, subtype = FORMATS[suffix]
-
-    def content(temporary):
-        with soundfile.SoundFile(os.fsencode(temporary), "w", sample_rate, samples.shape[1], subtype,
-                                 format=kind) as file:
+    buffer, (kind, subtype) = io.BytesIO(), FORMATS[suffix]  # not the file: libsndfile keeps quiet about full disks
+    with blaming(f"{path}: cannot be written"):
+        with soundfile.SoundFile(buffer, "w", sample_rate, samples.shape[1], subtype, format=kind) as file:
             for i in range(0, len(samples), 2 ** 16):  # libsndfile's ogg writer fails on long blocks
                 file.write(samples[i:i + 2 ** 16])
-    with blaming(f"{path}: cannot be written"):
-        write_atomic(path, content)
+        write_atomic(path, buffer.getvalue())
 
 
 # --- training: losses, discriminator, balancer (EnCodec, sections 3.4 and 3.5) -----------------------------

@@ -646,7 +646,10 @@ def export_transformers(lm: LMModel, codec, directory):
             feature_size=c.n_chroma, n_fft=2 ** c.radix2_exp, hop_length=2 ** c.radix2_exp // 4,
             chunk_length=round(c.segment_duration))
     features["processor_class"] = f"{kind}Processor"
-    lm.conditioner.text.tokenizer().save_pretrained(directory)
+    with tempfile.TemporaryDirectory() as temporary:
+        lm.conditioner.text.tokenizer().save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            write_atomic(directory / path.name, path.read_bytes())
     for name, values in (("config", config), ("generation_config", generation), ("preprocessor_config", features)):
         write_atomic(directory / f"{name}.json", json.dumps(values, indent=1).encode())
 

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from chroma import chroma_agreement
-from config import Config, UserError, load, pick_device, run, write_atomic
+from config import Config, UserError, blaming, load, pick_device, run, write_atomic
 from data.measures import (chroma_of, codebook_use, compare_chroma, evaluate, generate_for, reconstruct, rounded,
                            spread, with_perplexity)
 from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, get_batch
@@ -604,7 +604,7 @@ class Log:
         if rank() > 0:
             return
         line = {key: rounded(value) for key, value in line.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with blaming(f"{self.path}: cannot be written"), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         numbers = {key: x for key, x in line.items() if isinstance(x, (int, float)) and key != "update"}
         if self.board is not None:

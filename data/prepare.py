@@ -285,7 +285,7 @@ class Shard:
     def __init__(self, out: Path, number: int, K: int):
         codes, chroma, log = shard_files(out, number)
         try:
-            self.codes, self.chroma, self.log = (open(path, "ab") for path in (codes, chroma, log))
+            self.codes, self.chroma, self.log = (open(path, "ab", buffering=0) for path in (codes, chroma, log))
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror})") from None
         try:
@@ -321,8 +321,8 @@ class Shard:
 
     def _write(self, file, data: bytes):
         try:
-            file.write(data)
-            file.flush()
+            while data:  # a disk that is nearly full takes a part
+                data = data[file.write(data):]
             os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"{file.name}: cannot be written ({error.strerror}); with that put right, run the same "

@@ -6,6 +6,7 @@ quick, or in a forked copy of it (`forked`).
 """
 import contextlib
 import faulthandler
+import fcntl
 import os
 import re
 import resource
@@ -154,11 +155,22 @@ def start(main, *argv, cwd=None, seconds=60, memory=2 ** 30, before=None, out=No
 
 def forked(main, *argv, **options) -> Result:
     """Runs main(argv) in a child to its end: for commands that start threads, or might take all down with them."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with pipe() as (out, to_out), pipe() as (err, to_err):  # no files: their size may be limited
         begun = time.monotonic()
-        pid = start(main, *argv, out=out, err=err, **options)
+        pid = start(main, *argv, out=to_out, err=to_err, **options)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return Result(code, *map(text_of, (out, err)), time.monotonic() - begun)
+        to_out.close(), to_err.close()
+        texts = [file.read().decode("utf-8", "backslashreplace") for file in (out, err)]
+        return Result(code, *texts, time.monotonic() - begun)
+
+
+@contextlib.contextmanager
+def pipe():
+    """Both ends of a pipe that holds a megabyte."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 2 ** 20)
+    with open(read, "rb") as read, open(write, "wb") as write:
+        yield read, write
 
 
 def text_of(file) -> str:
@@ -239,7 +251,7 @@ def sampling(world, *argv, checkpoint="lm", **options) -> Result:
     return command(S.main, "--device", "cpu", *argv, **options)
 
 
-def preparing(world, folder, out, *argv, **options) -> Result:
+def preparing(world, folder, out, *argv, run=command, **options) -> Result:
     """data/prepare.py with the tiny codec."""
-    return command(prepare.main, folder, "--out", out, "--codec", world / "codec", "--radix2_exp", "8", "--stem", "none",
+    return run(prepare.main, folder, "--out", out, "--codec", world / "codec", "--radix2_exp", "8", "--stem", "none",
                    "--device", "cpu", *argv, **options)

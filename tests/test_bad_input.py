@@ -18,6 +18,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -35,7 +36,7 @@ import prepare
 import sample as S
 import train
 from config import Config, UserError
-from helpers import (RATE, ROOT, TRAIN, TRAIN_CODEC, command, either, flags, forked, preparing, refused, sampling, snapshot, tone,
+from helpers import (CODEC, LM, RATE, ROOT, TRAIN, Result, TRAIN_CODEC, command, either, flags, forked, preparing, refused, sampling, snapshot, tone,
                      worked, world)  # noqa: F401
 
 
@@ -887,3 +888,154 @@ def test_runs_that_do_not_fit(world, run_to_resume, tmp_path, name, changes, say
         argv = [arg for arg in argv if arg != "--resume"]
     refused(forked(train.main, *argv, f"--out_dir={out}" if "init_from" not in name else f"--out_dir={tmp_path / 'new'}", *[change.format(**places) for change in changes]), says)
     assert {path: look for path, look in snapshot(tmp_path).items() if path in before and path.is_file()} == {path: look for path, look in before.items() if path.is_file()}
+
+
+# --- long, forbidden, and at the edge of numbers ------------------------------------------------------------------------------------
+
+def sparse_wav(path: Path, hours: float, rate=RATE):
+    """Hours of silence that take no room on the disk."""
+    size = int(hours * 3600 * rate) * 2
+    path.write_bytes(WAV[:4] + struct.pack("<I", size + 36) + WAV[8:40] + struct.pack("<I", size))
+    os.truncate(path, 44 + size)
+
+
+def test_hours_of_silence_cost_no_more_than_is_used(world, model, tmp_path):  # noqa: F811
+    (tmp_path / "music").mkdir()
+    sparse_wav(tmp_path / "music" / "long.wav", 24)
+    limits = dict(cwd=tmp_path, seconds=20, memory=300_000_000)
+    worked(sampling(world, "--melody", "music/long.wav", **limits))
+    refused(sampling(world, "--prompt", "music/long.wav", **limits), "includes the prompt")
+    worked(command(encodec.demo, "music/long.wav", **limits))
+    worked(command(chroma.main, "music/long.wav", **limits))
+    worked(forked(train.main, *flags(TRAIN_CODEC, data_dir="music", out_dir="run"), **limits))
+
+
+@pytest.mark.slow  # two minutes
+def test_hours_of_silence_are_prepared_in_bounded_memory(world, tmp_path):  # noqa: F811
+    (tmp_path / "music").mkdir()
+    sparse_wav(tmp_path / "music" / "long.wav", 8)
+    worked(preparing(world, "music", "out", cwd=tmp_path, seconds=1200, memory=800_000_000))
+    assert json.loads((tmp_path / "out" / "index.json").read_text())["tracks"][0]["frames"] == 8 * 3600 * 400
+
+
+def somebody():
+    """Makes this process somebody who may not read and write everything, as root may."""
+    if os.geteuid() == 0:
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
+
+
+@pytest.fixture()
+def street(world):  # noqa: F811
+    """A folder that everybody may enter, with a model and data."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        for name in ("lm", "tokens"):
+            shutil.copytree(world / name, Path(folder, name))
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("what", ["melody", "prompt", "continue_from", "checkpoint", "weights", "out", "prepare", "prepare out", "sidecar", "config", "train data", "train out", "codec data"])
+def test_what_may_not_be_read_or_written(street, what):
+    tmp_path, codec = street, street / "lm" / "codec"
+    (tmp_path / "secret").mkdir()
+    for name, content in (("secret.wav", WAV), ("secret.npz", TAKES["cut"]), ("secret.py", b"dim = 16")):
+        (tmp_path / name).write_bytes(content)
+        os.chmod(tmp_path / name, 0)
+    (tmp_path / "music").mkdir()
+    for name, content in (("good.wav", WAV), ("secret.wav", WAV), ("good.txt", b"a tune")):
+        (tmp_path / "music" / name).write_bytes(content)
+    os.chmod(tmp_path / "music" / "secret.wav", 0)
+    os.chmod(tmp_path / "music" / "good.txt", 0)
+    os.chmod(tmp_path / "secret", 0)
+    options = dict(cwd=tmp_path, before=somebody)
+    argv = flags(TRAIN, data_dir="tokens", codec=codec, out_dir="run")
+
+    def sample(*argv):
+        argv = ["--device", "cpu", "--duration", "0.05", *argv]
+        return forked(S.main, *argv, *([] if "--checkpoint" in argv else ["--checkpoint", "lm"]), **options)
+
+    def prepared(out):
+        return forked(prepare.main, "music", "--out", out, "--codec", codec, "--radix2_exp", "8", "--stem", "none", **options)
+    if what in ("melody", "prompt", "continue_from"):
+        refused(sample(f"--{what}", "secret.npz" if what == "continue_from" else "secret.wav"), "secret")
+    elif what == "checkpoint":
+        refused(sample("--checkpoint", "secret"), "secret")
+    elif what == "weights":
+        os.chmod(tmp_path / "lm" / "model.safetensors", 0)
+        refused(sample(), "lm/model.safetensors")
+    elif what == "out":
+        refused(sample("--out", "secret/x.wav"), "secret")
+    elif what in ("prepare", "sidecar"):
+        result = prepared("out")
+        assert result.code == 1 and "secret.wav: " in result.err and "good.txt: cannot be read" in result.err
+    elif what == "prepare out":
+        refused(prepared("secret/out"), "secret")
+    elif what == "config":
+        refused(forked(train.main, "secret.py", **options), "secret.py")
+    elif what == "train data":
+        os.chmod(tmp_path / "tokens" / "index.json", 0)
+        refused(forked(train.main, *argv, **options), "index.json")
+    elif what == "train out":
+        refused(forked(train.main, *argv, "--out_dir=secret/run", **options), "secret")
+    else:
+        result = forked(train.main, *flags(TRAIN_CODEC, data_dir="music", out_dir="run"), **options)
+        assert result.code == 0 and "secret.wav" in result.err
+
+
+EDGES = {  # settings at the edge of sense, which have a meaning all the same
+    "guidance 0": ["--guidance", "0"], "guidance 1": ["--guidance", "1"], "guidance 50": ["--guidance", "50"], "guidance -3": ["--guidance", "-3"], "temperature 0": ["--temperature", "0"], "temperature 1e-30": ["--temperature", "1e-30"], "temperature 1e30": ["--temperature", "1e30"],
+    "temperature inf": ["--temperature", "inf"], "top_k above": ["--top_k", "1000000"], "top_k 1": ["--top_k", "1"], "top_k 0": ["--top_k", "0"], "top_p 1": ["--top_p", "1"], "top_p tiny": ["--top_p", "1e-30"], "0.02 s": ["--duration", "0.02"], "1e-9 s": ["--duration", "1e-9"], "two_step": ["--two_step"],
+    "seed huge": ["--seed", str(2 ** 62 - 1)], "long": ["--duration", "0.7"], "all": ["--guidance", "50", "--temperature", "1e-30", "--top_k", "1", "--top_p", "1"], "stem hpss": ["--stem", "hpss"],
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("melody", [None, "silent.wav", "one sample.wav"], ids=["none", "silent", "short"])
+def test_edges_of_sampling(world, model, corpus, tmp_path, edge, melody):  # noqa: F811
+    argv = [*EDGES[edge], *(["--melody", corpus / melody] if melody else [])]
+    worked(sampling(world, "--out", "x.wav", "--text", "a tune", *argv, cwd=tmp_path))
+    wav, rate = soundfile.read(tmp_path / "x.wav")
+    duration = float(argv[argv.index("--duration") + 1]) if "--duration" in argv else 0.05
+    assert rate == RATE and len(wav) == max(1, round(duration * RATE)) and np.isfinite(wav).all()
+
+
+def test_extreme_temperatures_are_greedy_and_uniform():
+    logits = torch.tensor([[[1.0, 5.0, 3.0, -2.0]]])
+    for temperature in (0, 1e-45, 1e-30, 1e-6, 1e-3):
+        assert L.sample(logits, torch.tensor([[0.999]]), temperature).item() == 1
+    draws = [L.sample(logits, torch.tensor([[u]]), math.inf).item() for u in (0.1, 0.3, 0.6, 0.9)]
+    assert sorted(draws) == [0, 1, 2, 3]
+
+
+def test_all_zero_chroma_is_a_melody_like_any_other(world):  # noqa: F811
+    model = S.MusicGen.from_pretrained(world / "lm", "cpu")
+    codes = model.generate_codes(["x"], [torch.zeros(9, 12)], duration=0.1)
+    assert codes.shape == (1, 4, 40) and 0 <= codes.min() and codes.max() < 32
+
+
+@pytest.mark.slow  # half a minute
+def test_ten_minutes_of_a_slow_model():
+    """2,400 frames, four a second: a window moves on 30 times."""
+    values = LM | dict(sample_rate=8000, ratios=(20, 10, 10), segment_duration=30.0, extend_stride=18.0)
+    torch.manual_seed(0)
+    config = Config(**values)
+    codec = encodec.EncodecModel(Config(task="codec", **{key: values[key] for key in CODEC}, kmeans_init=False))
+    model = S.MusicGen(L.LMModel(config), codec)
+    chroma = torch.nn.functional.one_hot(torch.arange(5000) % 12, 12).float()
+    wav = model.generate(["x"], duration=600.0) if chroma is None else model.decode(model.generate_codes(["x"], [chroma], duration=600.0), 600.0)
+    assert wav.shape == (1, 1, 600 * 8000) and wav.isfinite().all()
+
+
+# --- the same, as a shell would do it ----------------------------------------------------------------------------------------------------
+
+def test_the_commands_themselves(world, tmp_path):  # noqa: F811
+    """In processes of their own: the file of the same seed, and the mistakes that are told above."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "bad.wav").write_bytes(b"not music")
+    argv = ["--text", "a", "--checkpoint", world / "lm", "--duration", "0.1", "--device", "cpu"]
+    processes = [subprocess.Popen([sys.executable, ROOT / "sample.py", *argv, *more], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                 for more in (["--out", "1.wav"], ["--melody", "bad.wav"])]
+    worked(sampling(world, *argv, "--out", "2.wav", cwd=tmp_path))
+    results = [Result(process.returncode, *said, 0.0) for process in processes if (said := process.communicate(timeout=100))]
+    worked(results[0]), refused(results[1], "bad.wav")
+    assert (tmp_path / "1.wav").read_bytes() == (tmp_path / "2.wav").read_bytes()
