@@ -142,13 +142,14 @@ def t5_config(name: str):
 def load_t5(name: str) -> nn.Module:
     """T5's encoder from a hub id, a directory, or a MusicGen directory in transformers' format."""
     from transformers import T5EncoderModel
-    from encodec import load_strict, open_checkpoint, read_tensors
+    from encodec import load_strict, open_checkpoint, read_json, read_tensors
     config = t5_config(name)
     with torch.device("meta"):
         t5 = T5EncoderModel(config)
-    wanted = ("shared.", "encoder.", "text_encoder.")
-    tensors = {key.removeprefix("text_encoder."): value
-               for key, value in read_tensors(open_checkpoint(name), dtype=torch.float32) if key.startswith(wanted)}
+    directory = open_checkpoint(name)
+    prefix = "text_encoder." if "text_encoder" in read_json(directory / "config.json") else ""
+    tensors = {key: value for key, value in read_tensors(directory, prefix, torch.float32)
+               if key.startswith(("shared.", "encoder."))}
     if "shared.weight" in tensors:      # one table under two names
         tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     load_strict(t5, tensors, f"T5 in {name}")
@@ -237,7 +238,7 @@ class Conditioners(nn.Module):
         config = self.config
         if melody is not None:                  # melody comes first in the prefix, then text
             everywhere = torch.ones(melody.shape[:2], dtype=torch.bool, device=melody.device)
-            hop = 2 ** config.radix2_exp / 4 / config.stride    # code frames per chroma frame
+            hop = config.hop / config.stride    # code frames per chroma frame
             time = torch.arange(melody.shape[1], device=melody.device) * hop
             _place(config.melody, (melody, everywhere, time), prefix, cross, added, steps)
         if text is not None:

@@ -176,9 +176,14 @@ class Config:
         return round(self.segment_duration * self.sample_rate / self.stride)
 
     @property
+    def hop(self) -> int:
+        """Samples per chroma frame: a quarter of the window."""
+        return 2 ** self.radix2_exp // 4
+
+    @property
     def chroma_frames(self) -> int:
         """M: chroma frames of a training segment, the length that the melody prefix always has."""
-        return self.chroma_length or int(self.segment_duration * self.sample_rate) // (2 ** self.radix2_exp // 4) + 1
+        return self.chroma_length or int(self.segment_duration * self.sample_rate) // self.hop + 1
 
     @property
     def total_updates(self) -> int:

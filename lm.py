@@ -305,7 +305,7 @@ class Cache:
         self.k = torch.zeros(config.num_layers, batch, H, E, steps, device=device, dtype=dtype)
         self.v = torch.zeros(config.num_layers, batch, H, steps, E, device=device, dtype=dtype)
         self.length = self.steps = 0            # positions filled; steps of the music among them
-        self.hidden = None                      # (B, 1, 1, P): -inf where the prefix is padding, 0 elsewhere
+        self.hidden = None                      # (B, 1, 1, steps): -inf where the prefix is padding, 0 elsewhere
         self.cross = {}
         self.n = 0
 
@@ -643,7 +643,7 @@ def export_transformers(lm: LMModel, codec, directory):
         config |= dict(num_chroma=c.n_chroma, chroma_length=c.chroma_frames)
         features = dict(
             feature_extractor_type="MusicgenMelodyFeatureExtractor", sampling_rate=c.sample_rate, num_chroma=c.n_chroma,
-            feature_size=c.n_chroma, n_fft=2 ** c.radix2_exp, hop_length=2 ** c.radix2_exp // 4,
+            feature_size=c.n_chroma, n_fft=2 ** c.radix2_exp, hop_length=c.hop,
             chunk_length=round(c.segment_duration))
     features["processor_class"] = f"{kind}Processor"
     with tempfile.TemporaryDirectory() as temporary:

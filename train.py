@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from chroma import chroma_agreement
 from config import Config, UserError, blaming, load, pick_device, run, write_atomic
-from data.measures import (chroma_of, codebook_use, compare_chroma, evaluate, generate_for, reconstruct, rounded,
-                           spread, with_perplexity)
+from data.measures import (chroma_of, codebook_use, compare_chroma, evaluate, generate_for, melody_of, reconstruct,
+                           rounded, spread, with_perplexity)
 from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, get_batch
 from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
                      generator_losses, open_checkpoint, read_audio, write_audio, write_tensors)
@@ -413,7 +413,7 @@ class LMTraining:
             write_atomic(out / "samples" / f"{n}_update{update:07d}.json", json.dumps(told).encode())
         if self.config.melody == "none":
             return {}
-        cosine, agreement = compare_chroma(self.config, wavs, chroma)
+        cosine, agreement = compare_chroma(melody_of(self.config, wavs), chroma)
         return {"chroma_cosine": cosine.mean().item(), "chroma_agreement": agreement.mean().item()}
 
 

@@ -20,7 +20,7 @@ from chroma import ChromaExtractor, chroma_agreement, separate
 from config import Config, UserError, pick_device, write_atomic
 from data.segments import AudioCrops, TokenSegments, collate
 from encodec import EncodecModel, mel_loss, read_audio, read_json
-from sample import MusicGen
+from sample import MusicGen, device_of
 
 # --- of a codec -------------------------------------------------------------------------------------------------
 
@@ -62,10 +62,9 @@ def melody_of(config: Config, wavs):
     return chroma_of(config, torch.stack([separate(wav.cpu(), config.sample_rate, config.stem) for wav in wavs]))
 
 
-def compare_chroma(config: Config, wavs, asked):
-    """Waves (B, C, L) against the melodies asked for, chroma (B, M, Q): cosine similarity, and the share of frames
-    whose strongest pitch class is the one asked for, each (B,). The waves go through the same separation."""
-    heard = melody_of(config, wavs)
+def compare_chroma(heard, asked):
+    """Melodies heard (`melody_of`) against those asked for, chroma (B, M, Q): cosine similarity, and the share of
+    frames whose strongest pitch class is the one asked for, each (B,)."""
     M = min(heard.shape[1], asked.shape[1])
     heard, asked = heard[:, :M], asked[:, :M].cpu()
     agreement = torch.tensor([chroma_agreement(*pair) for pair in zip(heard, asked)])
@@ -97,8 +96,7 @@ def generate_for(model, items: list[dict], numbers):
 def latents(codec, codes):
     """codes (B, K, T) -> the codec's latent vectors (B * T, Z)"""
     per_channel = codes[:, :codec.num_codebooks]  # of stereo in two streams: the first
-    device = next(codec.parameters()).device
-    return codec.quantizer.decode(per_channel.to(device)).transpose(1, 2).flatten(0, 1).cpu().double().numpy()
+    return codec.quantizer.decode(per_channel.to(device_of(codec))).transpose(1, 2).flatten(0, 1).cpu().double().numpy()
 
 
 def frechet_distance(x, y) -> float:
@@ -133,7 +131,7 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
     for path in tqdm(spread(told, config.n_eval_wavs), disable=None, unit="file"):
         wav = read_audio(path, codec.sample_rate, codec.channels, duration=10.0)[None].to(device)
         output, quality, counts = reconstruct(codec, wav)
-        agreement = compare_chroma(config, output, melody_of(config, wav))[1].item()
+        agreement = compare_chroma(melody_of(config, output), melody_of(config, wav))[1].item()
         rows.append((agreement, *quality))
         used = used + counts
         if path.with_suffix(".json").exists():
@@ -164,9 +162,9 @@ def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
         codes, chroma = generate_for(model, items, numbers)
         made.append(codes)
         if config.melody != "none":
-            wavs, others = model.decode(codes), [items[(n + 2) % len(items)]["chroma"] for n in numbers]
-            shuffled = compare_chroma(config, wavs, torch.stack(others))[1]
-            rows.append(torch.stack([*compare_chroma(config, wavs, chroma), shuffled], 1))
+            heard = melody_of(config, model.decode(codes))
+            others = torch.stack([items[(n + 2) % len(items)]["chroma"] for n in numbers])
+            rows.append(torch.stack([*compare_chroma(heard, chroma), compare_chroma(heard, others)[1]], 1))
     figures = with_perplexity({f"ce_{k + 1}": x for k, x in enumerate(torch.stack(ces).mean(0).tolist())})
     if rows:
         names = ("chroma_cosine", "chroma_agreement", "chroma_agreement_shuffled")

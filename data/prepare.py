@@ -391,11 +391,10 @@ def settle(args) -> tuple[Config, EncodecModel, dict]:
     weights = hashlib.sha256()
     for name, tensor in sorted(codec.state_dict().items()):
         weights.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    hop = 2 ** config.radix2_exp // 4
     return config, codec.fold(), dict(
         version=1, sample_rate=codec.sample_rate, channels=config.channels, n_q=config.n_q, card=config.card,
         stride=codec.stride, frame_rate=codec.frame_rate, n_chroma=config.n_chroma, radix2_exp=config.radix2_exp,
-        hop=hop, stem=pick_stem(config.stem), codec_sha256=weights.hexdigest(), codec=config.codec)
+        hop=config.hop, stem=pick_stem(config.stem), codec_sha256=weights.hexdigest(), codec=config.codec)
 
 
 def check_settings(out: Path, settings: dict):

@@ -101,8 +101,8 @@ class TokenSegments:
 
     def __init__(self, config: Config, split: str):
         folder, part = split_of(config.data_dir, split)
-        self.config, self.hop, self.tracks = config, 2 ** config.radix2_exp // 4, []
-        self.T, self.grid = config.segment_frames, math.lcm(config.stride, self.hop)
+        self.config, self.tracks = config, []
+        self.T, self.grid = config.segment_frames, math.lcm(config.stride, config.hop)
         if split != "train" and not folder.exists():
             return
         if not (folder / "index.json").is_file():
@@ -151,7 +151,7 @@ class TokenSegments:
         chroma, frames = torch.zeros(config.chroma_frames, config.n_chroma), track["chroma_frames"]
         has_melody, text = frames > 0 and config.melody != "none", track["meta"].get("description")
         if has_melody:  # repeats from the track's start should it end first, as in sampling
-            places = track["chroma_start"] + (start // self.hop + np.arange(len(chroma))) % frames
+            places = track["chroma_start"] + (start // config.hop + np.arange(len(chroma))) % frames
             classes = all_chroma[places].astype(np.int64)
             chroma[torch.arange(len(chroma)), torch.from_numpy(classes % config.n_chroma)] = 1.0
         if codes.max() >= config.card or has_melody and classes.max() >= config.n_chroma:
