@@ -232,9 +232,10 @@ class EncodecModel(nn.Module):
         self.config = dataclasses.replace(self.config, norm=self.config.norm.replace("weight_norm", "none"))
         return self
 
-    def save(self, directory):
-        """Writes config.json and model.safetensors, which from_pretrained reads."""
-        write_tensors(Path(directory) / "model.safetensors", self.state_dict())
+    def save(self, directory, compact: bool = False):
+        """Writes config.json and model.safetensors, which from_pretrained reads. compact: in float16."""
+        tensors = {name: tensor.half() if compact else tensor for name, tensor in self.state_dict().items()}
+        write_tensors(Path(directory) / "model.safetensors", tensors)
         self.config.save(Path(directory) / "config.json")
 
     def to_hf(self, directory):
@@ -341,7 +342,7 @@ def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
     state_dict.bin. Nothing in the files is executed. Raises UserError naming the file that is missing or damaged.
     """
     for path in _weight_files(Path(directory)):
-        for name, tensor in _tensors_of(path):
+        for name, tensor in _tensors_of(path, prefix):
             if not isinstance(tensor, torch.Tensor):
                 raise UserError(f"{path}: {name} is not a tensor")
             if name.startswith(prefix):
@@ -362,11 +363,12 @@ def _weight_files(directory: Path) -> list[Path]:
     raise UserError(f"{directory}: has no model.safetensors, pytorch_model.bin or state_dict.bin")
 
 
-def _tensors_of(path):
+def _tensors_of(path, prefix: str):
+    """Of a safetensors file only what is under prefix: a codec need not read the language model it is stored with."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
         with blaming(f"{path}: damaged, or not a safetensors file"), safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys())
+            yield from ((name, file.get_tensor(name)) for name in file.keys() if name.startswith(prefix))
     else:
         yield from (read_original(path)[0] if path.name == "state_dict.bin" else read_pickle(path)).items()
 

@@ -75,7 +75,7 @@ class MusicGen:
 
     def save(self, directory, compact: bool = False):
         """Writes a directory that from_pretrained reads, codec included. compact: int8 matrices, float16 the rest."""
-        self.codec.half().save(Path(directory) / "codec") if compact else self.codec.save(Path(directory) / "codec")
+        self.codec.save(Path(directory) / "codec", compact)
         self.lm.save(directory, compact)
 
     # --- conditions ---------------------------------------------------------------------------------------------
@@ -98,8 +98,7 @@ class MusicGen:
         from chroma import match_length
         if self.lm.conditioner.melody is None or all(c is None for c in chromas):
             return None, None
-        M, hop = self.config.chroma_frames, 2 ** self.config.radix2_exp // 4
-        first = round(start * self.config.stride / hop)
+        M, first = self.config.chroma_frames, round(start * self.config.stride / self.config.hop)
         rows = [torch.zeros(1, M, self.config.n_chroma) if c is None else match_length(c[None], M, first) for c in chromas]
         return torch.cat(rows), torch.tensor([c is not None for c in chromas])
 
@@ -348,7 +347,7 @@ def written(out: Path, args) -> list[Path]:
 
 def describe(args, text, melody, seed, out, config) -> str:
     """The JSON beside a result: what was asked for, with what settings, and the command that does it again."""
-    given = {key: value for key, value in vars(args).items() if value not in (None, False)}
+    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
     given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "overwrite", "keep_partial")}
     flags = {**({"text": text} if text else {}), **({"melody": melody} if melody else {}), **given, "seed": seed, "out": str(out)}
     command = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]

@@ -183,6 +183,21 @@ def test_text_and_melody_make_a_file_and_its_recipe(checkpoint, folder, capsys):
     assert command(*again[2:]) == 0 and out.read_bytes() == first, "the command in the JSON makes the same file"
 
 
+def test_a_recipe_keeps_settings_that_are_zero(checkpoint, folder, capsys):
+    zeros = ["--temperature", "0", "--guidance", "0", "--top_k", "0", "--top_p", "0"]
+    assert command("--checkpoint", checkpoint, "--duration", "0.1", "--out", "x.wav", *zeros) == 0
+    recipe = json.loads((folder / "x.json").read_text())
+    assert recipe["settings"] == {"guidance": 0.0, "temperature": 0.0, "top_k": 0, "top_p": 0.0}
+    assert all(flag in shlex.split(recipe["command"]) for flag in zeros[::2])
+
+
+def test_saving_small_leaves_the_model_as_it_was(tmp_path):
+    m = model()
+    m.save(tmp_path, compact=True)
+    assert all(p.dtype == torch.float32 for part in (m.lm, m.codec) for p in part.parameters())
+    assert S.MusicGen.from_pretrained(tmp_path, "cpu").generate(["x"], duration=0.05).isfinite().all()
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_formats(checkpoint, folder, suffix):
     assert command("--checkpoint", checkpoint, "--duration", "0.5", "--out", f"x.{suffix}") == 0
