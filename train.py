@@ -440,6 +440,8 @@ def train(config: Config, resume: bool = False, interrupted=()):
     open_run(out, task, first)
     log = Log(out, config, first)
     batches = Prefetcher(task.train_data, config)
+    if first:  # it may have been killed between state and model, or between model and samples
+        publish(task, ema, log, first)
 
     for update in range(first, total):
         # 1. segments of music from the files: codes (B, K, T), texts, chroma (B, M, Q)  [codec: wav (B, C, L)]
@@ -480,11 +482,8 @@ def train(config: Config, resume: bool = False, interrupted=()):
                 log.line({"update": done, "split": "valid", **task.validate()})
         if every(done, config.save_every) or last:
             save_state(state, task, optimizers, ema, scaler, done)
-            export(out, task, ema)
-        if held_out and every(done, config.sample_every):
-            export(out, task, ema)
-            if rank() == 0:
-                log.line({"update": done, "split": "samples", **task.samples(out, done)})
+        if every(done, config.save_every) or every(done, config.sample_every) or last:
+            publish(task, ema, log, done)
         if stop:
             break
     batches.pool.shutdown(cancel_futures=True)
@@ -745,12 +744,17 @@ def load_state(path: Path, task, optimizers, ema, scaler) -> int:
         raise UserError(f"{path}: damaged, or of another configuration ({str(error)[:200]})") from None
 
 
-def export(out: Path, task, ema):
-    """model.safetensors: the averaged weights under the names that from_pretrained reads, adapters merged."""
+def publish(task, ema, log, done: int):
+    """model.safetensors: the averaged weights under the names that from_pretrained reads, adapters merged. And samples
+    of it every so often, unless the log has them already."""
+    out = Path(task.config.out_dir)
     tensors = gather({name: ema.average.get(name, t) for name, t in task.module.state_dict().items()})
     tensors.pop("conditioner.text.t5.encoder.embed_tokens.weight", None)  # is shared.weight
     if rank() == 0:
         write_tensors(out / "model.safetensors", merge_lora(tensors, task.config))
+        wanted = len(task.valid_data) > 0 and every(done, task.config.sample_every)
+        if wanted and f'"update": {done}, "split": "samples"' not in log.path.read_text():
+            log.line({"update": done, "split": "samples", **task.samples(out, done)})
 
 
 # === fine-tuning: from a checkpoint, all weights or low-rank adapters =============================================

@@ -236,7 +236,11 @@ def stop_at(config, update: int, resume=False):
 
 
 def in_a_fork(config, seconds=None, number=signal.SIGKILL):
-    """Trains in a copy of this process and signals it after a while."""
+    """Trains in a copy of this process and signals it some seconds after its next line of metrics: a moment counted
+    from the start of the process would come before the first update on one machine and after the last on another."""
+    metrics = Path(config.out_dir) / "metrics.jsonl"
+    told = lambda: metrics.read_text().count('"train"') if metrics.exists() else 0
+    told_before = told()
     child = os.fork()
     if not child:
         code = 1
@@ -249,6 +253,9 @@ def in_a_fork(config, seconds=None, number=signal.SIGKILL):
         finally:
             os._exit(code)
     if seconds is not None:
+        until = time.monotonic() + 60
+        while told() <= told_before and time.monotonic() < until:
+            time.sleep(0.002)
         time.sleep(seconds)
         os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -258,7 +265,7 @@ def kill_often(config, reference, kills: int):
     """SIGKILL at random moments, --resume each time: nothing may be lost."""
     rng, killed = np.random.default_rng(7), 0
     for _ in range(kills):
-        killed += in_a_fork(config, rng.uniform(0.02, 0.6)) == -signal.SIGKILL
+        killed += in_a_fork(config, rng.uniform(0.0, 0.04)) == -signal.SIGKILL
     assert in_a_fork(config) == 0 and killed > kills / 3
     ours, theirs = state(config.out_dir), state(reference)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -276,9 +283,23 @@ def test_codec_run_killed_and_resumed_is_bit_identical(codec_run, data, tmp_path
     kill_often(config, codec_run, 5)
 
 
+def test_a_run_killed_before_its_last_weights_were_written_is_completed(codec_run, data, tmp_path):
+    shutil.copytree(codec_run, tmp_path / "out")
+    for leftover in (tmp_path / "out" / "samples").iterdir():
+        leftover.unlink()
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(True)[:-1]))  # the samples come last
+    (tmp_path / "out" / "model.safetensors").unlink()
+    config = Config(**settings(data, tmp_path / "out", "codec", sample_every=12, **CODEC_RUN))
+    training.train(config, resume=True)
+    assert all(torch.equal(t, weights(codec_run)[name]) for name, t in weights(config.out_dir).items())
+    assert lines(config.out_dir, "samples") == lines(codec_run, "samples") != []
+    assert (tmp_path / "out" / "samples" / "0_update0000012.wav").exists()
+
+
 def test_ctrl_c_writes_a_checkpoint_and_ends(data, tmp_path):
     config = Config(**settings(data, tmp_path / "out", "lm", epochs=1000, save_every=0))
-    assert in_a_fork(config, 1.5, signal.SIGINT) == 130
+    assert in_a_fork(config, 0.1, signal.SIGINT) == 130
     done = len(losses(config.out_dir))
     with training.safe_open(tmp_path / "out" / "state.safetensors", "pt") as file:
         assert json.loads(file.metadata()["info"])["update"] == done > 0
