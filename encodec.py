@@ -411,7 +411,8 @@ def load_strict(module: nn.Module, tensors: dict, where):
         "wrong shape": [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
                         for name in own.keys() & tensors.keys() if tensors[name].shape != own[name].shape],
         "wrong type": [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in
-                       (torch.float32, torch.float16, torch.bfloat16, torch.float64)]}
+                       (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+                       and (name not in own or t.dtype != own[name].dtype)]}
     if any(problems.values()):
         raise UserError(f"{where}: the weights do not fit the configuration; " + "; ".join(
             f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names))

@@ -12,8 +12,14 @@ Training reads the whole sequence at once under a causal mask; `generate` runs i
 keys and values. Everything the mathematics needs is in `LMModel.forward`; the key/value cache touches it in two
 lines. Checkpoints of transformers and of the original enter and leave through one table of names at the end.
 """
+import functools
+import hashlib
 import json
 import math
+import platform
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -22,7 +28,7 @@ from torch import nn
 
 import patterns
 from conditioners import Conditioners, Conditions
-from config import Config, UserError, load
+from config import Config, UserError, load, write_atomic
 
 # --- the transformer -------------------------------------------------------------------------------------------
 
@@ -46,6 +52,16 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
+class Projection(nn.Linear):
+    """x (..., in) -> (..., out); `rows` takes a part of one that packs several."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x, rows=slice(None)):
+        return F.linear(x, self.weight[rows])
+
+
 class Attention(nn.Module):
     """Multi-head attention, one packed projection for query, key and value, no biases."""
 
@@ -53,8 +69,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.num_heads
         width = config.dim // config.num_heads                                          # E
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.qkv = Projection(config.dim, 3 * config.dim)
+        self.out = Projection(config.dim, config.dim)
         norm = config.qk_layer_norm
         self.q_norm, self.k_norm = (nn.LayerNorm(width), nn.LayerNorm(width)) if norm else (nn.Identity(), nn.Identity())
 
@@ -74,13 +90,13 @@ class Attention(nn.Module):
     def keys_values(self, condition):
         """Keys and values (B, H, P', E) of a condition (B, P', D), for `cross`."""
         B, P, D = condition.shape
-        k, v = F.linear(condition, self.qkv.weight[D:]).view(B, P, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        k, v = self.qkv(condition, slice(D, None)).view(B, P, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         return self.k_norm(k), v
 
     def cross(self, x, keys_values, mask=None):
         """Cross-attention of x (B, S, D) to a condition; mask (B, P') bool. No positions, as in the original."""
         B, S, D = x.shape
-        q = F.linear(x, self.qkv.weight[:D]).view(B, S, self.heads, -1).transpose(1, 2)  # (B, H, S, E)
+        q = self.qkv(x, slice(D)).view(B, S, self.heads, -1).transpose(1, 2)  # (B, H, S, E)
         mask = None if mask is None else mask[:, None, None]
         x = F.scaled_dot_product_attention(self.q_norm(q), *keys_values, attn_mask=mask)
         return self.out(x.transpose(1, 2).reshape(B, S, D))
@@ -98,8 +114,8 @@ class Layer(nn.Module):
             self.norm_cross = nn.LayerNorm(config.dim)
             self.cross = Attention(config)
         self.norm2 = nn.LayerNorm(config.dim)
-        self.ff1 = nn.Linear(config.dim, config.hidden_scale * config.dim, bias=False)
-        self.ff2 = nn.Linear(config.hidden_scale * config.dim, config.dim, bias=False)
+        self.ff1 = Projection(config.dim, config.hidden_scale * config.dim)
+        self.ff2 = Projection(config.hidden_scale * config.dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, angles=None, mask=None, cache=None, cross=None, cross_mask=None):
@@ -123,7 +139,7 @@ class LMModel(nn.Module):
         self.emb = nn.Embedding(config.n_q * (config.card + 1), config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.out_norm = nn.LayerNorm(config.dim)
-        self.heads = nn.Linear(config.dim, config.n_q * config.card, bias=False)        # K heads in one
+        self.heads = Projection(config.dim, config.n_q * config.card)                   # K heads in one
         self.conditioner = Conditioners(config)
         # Where no position is added, frames of zeros ("no text", "no melody") would reach the norms as zeros, whose
         # gradient there is 1 / sqrt(eps) for every layer: a learned vector on all prefix frames keeps them away from it.
@@ -188,13 +204,14 @@ class LMModel(nn.Module):
             x = x.gather(1, order[..., None].expand_as(x))
             angles = angles if angles is None else angles.gather(1, order[..., None].expand_as(angles))
 
-        for n, layer in enumerate(self.layers):
-            cross = conditions.cross if cache is None else cache.cross_keys_values(n, layer, conditions)
-            args = (x, angles, mask, cache and cache.layer(n), cross, conditions.cross_mask)
-            x = torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False) if (
-                self.checkpointing and self.training) else layer(*args)
         if cache is not None:
+            x = cache.through(self.layers, x, angles, mask, conditions)
             cache.end(P, S)
+        else:
+            for layer in self.layers:
+                args = (x, angles, None, None, conditions.cross, conditions.cross_mask)
+                x = torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False) if (
+                    self.checkpointing and self.training) else layer(*args)
         # prefix positions are neither trained on nor returned
         x = x.gather(1, restore) if restore is not None else x[:, P:]                   # (B, S, D)
         logits = self.heads(self.out_norm(x))                                           # (B, S, K * V)
@@ -253,13 +270,13 @@ class LMModel(nn.Module):
         compact: matrices as int8 with a scale for each row, the rest as float16; a quarter of the size.
         """
         from encodec import write_tensors
-        tensors = self.state_dict()
+        tensors = {re.sub(r"\.scale$", ".weight" + SCALE, name): t for name, t in self.state_dict().items()}
         tensors.pop(TIED[1], None)
-        if compact:
-            matrices = {name: quantize_rows(t) for name, t in tensors.items() if t.dim() == 2}
-            tensors = {name: t.half() for name, t in tensors.items()}
-            tensors |= {name: q for name, (q, _) in matrices.items()}
-            tensors |= {name + SCALE: scale for name, (_, scale) in matrices.items()}
+        for name, tensor in list(tensors.items()) if compact else ():
+            if tensor.dim() == 2 and tensor.is_floating_point():
+                tensors[name], tensors[name + SCALE] = quantize_rows(tensor)
+            elif tensor.is_floating_point() and not name.endswith(SCALE):
+                tensors[name] = tensor.half()
         write_tensors(Path(directory) / "model.safetensors", tensors)
         self.config.save(Path(directory) / "config.json")
 
@@ -274,9 +291,9 @@ SCALE = ".scale"    # beside an int8 matrix: what its rows are to be multiplied 
 
 
 def quantize_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, columns) -> int8 of the same shape, and the scale (rows,) that brings it back."""
-    scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    """(..., rows, columns) -> int8 of the same shape, and the scale (..., rows) that brings it back."""
+    scale = weight.float().abs().amax(-1).clamp(min=1e-12) / 127
+    return (weight / scale[..., None]).round().to(torch.int8), scale
 
 
 def codebook_cross_entropy(logits, codes, mask) -> torch.Tensor:
@@ -294,7 +311,7 @@ def codebook_cross_entropy(logits, codes, mask) -> torch.Tensor:
 
 
 class Cache:
-    """Keys and values of every layer, allocated once for `steps` positions.
+    """Keys and values of every layer, allocated once for room of `steps` positions.
 
     Keys are stored transposed, (B, H, E, steps): one query then reads memory in order. Padding of shorter texts
     stays where it is, in the middle of its row, and is masked.
@@ -304,31 +321,34 @@ class Cache:
         H, E = config.num_heads, config.dim // config.num_heads
         self.k = torch.zeros(config.num_layers, batch, H, E, steps, device=device, dtype=dtype)
         self.v = torch.zeros(config.num_layers, batch, H, steps, E, device=device, dtype=dtype)
+        self.room, self.dtype = steps, dtype
         self.length = self.steps = 0            # positions filled; steps of the music among them
-        self.hidden = None                      # (B, 1, 1, steps): -inf where the prefix is padding, 0 elsewhere
-        self.cross = {}
-        self.n = 0
+        self.hidden = None                      # (B, 1, 1, room): a huge negative number at padding of the prefix, else 0
+        self.cross = {}                         # layer -> keys and values of its cross-attention
+        self.n = 0                              # the layer that x is in
 
-    def layer(self, n: int) -> "Cache":
-        """This cache, turned to layer n."""
-        self.n = n
-        return self
+    def through(self, layers, x, angles, mask, conditions: Conditions):
+        """x (B, S, D) through all layers."""
+        for self.n, layer in enumerate(layers):
+            if conditions.cross is not None and self.n not in self.cross:
+                self.cross[self.n] = layer.cross.keys_values(conditions.cross)
+            x = layer(x, angles, mask, self, self.cross.get(self.n), conditions.cross_mask)
+        return x
 
     def begin(self, conditions: Conditions, P: int, S: int):
         """The mask of this call's attention: (B, 1, 1 or P + S, length) to add to the scores, or None for none."""
         assert self.length == 0 or S == 1, "a filled cache takes one step at a time"
         if self.length == 0 and P and conditions.prefix_mask is not None and not conditions.prefix_mask.all():
-            hidden = torch.zeros(conditions.prefix_mask.shape, device=self.k.device, dtype=self.k.dtype)
-            hidden.masked_fill_(~conditions.prefix_mask, float("-inf"))
-            self.hidden = F.pad(hidden, (0, self.k.shape[-1] - P))[:, None, None]       # (B, 1, 1, steps)
+            hidden = torch.zeros(conditions.prefix_mask.shape, device=self.k.device, dtype=self.dtype)
+            # not -inf: a padding row sees nothing but itself, and must not become NaN
+            hidden.masked_fill_(~conditions.prefix_mask, torch.finfo(self.dtype).min / 2)
+            self.hidden = F.pad(hidden, (0, self.room - P))[:, None, None].contiguous()  # (B, 1, 1, room)
         if self.hidden is None:
             return None
         mask = self.hidden[..., :self.length + P + S]
         if self.length == 0:
             later = torch.full((P + S, P + S), float("-inf"), device=mask.device, dtype=mask.dtype).triu(1)
             mask = mask + later
-            # a padding row may see nothing at all, which softmax turns into NaN: let it see itself
-            mask = mask.masked_fill(torch.eye(P + S, dtype=torch.bool, device=mask.device), 0.0)
         return mask
 
     def attend(self, q, k, v, mask):
@@ -342,11 +362,6 @@ class Cache:
         if mask is not None:
             scores = scores + mask
         return scores.softmax(-1) @ self.v[self.n, :, :, :start + S]
-
-    def cross_keys_values(self, n: int, layer: Layer, conditions: Conditions):
-        if conditions.cross is not None and n not in self.cross:
-            self.cross[n] = layer.cross.keys_values(conditions.cross)
-        return self.cross.get(n)
 
     def end(self, P: int, S: int):
         self.length += P + S
@@ -413,8 +428,10 @@ def generate(lm: LMModel, passes: list[Conditions], T: int, seeds: list[int], pr
     S = sequence.shape[-1]
     uniform = [torch.rand(S, K, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     uniform = torch.stack(uniform).to(device)                                           # (B, S, K)
-    caches = [Cache(lm.config, rows, S + (0 if c.prefix is None else c.prefix.shape[1]), device, lm.emb.weight.dtype)
-              for c in passes]
+    quick = isinstance(lm.heads, QuickLinear) and lm.config.dim // lm.config.num_heads % 8 == 0 and kernels()
+    kind = QuickCache if quick else Cache
+    dtype = (lm.heads if quick else lm.emb).weight.dtype
+    caches = [kind(lm.config, rows, S + (0 if c.prefix is None else c.prefix.shape[1]), device, dtype) for c in passes]
 
     first, previous = max(1, lm.pattern.first_step(T, T0)), 0
     for step in range(first, S):
@@ -471,8 +488,10 @@ def name_table(lm: LMModel, original: bool) -> dict[str, list[str]]:
     return {ours: parts for ours, parts in table.items() if ours in own}
 
 
-def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where) -> dict[str, torch.Tensor]:
-    """An iterable of (foreign name, tensor) -> our tensors, copied into place one by one as they are read."""
+def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where, int8=()) -> dict[str, torch.Tensor]:
+    """An iterable of (foreign name, tensor) -> our tensors, copied into place one by one as they are read.
+
+    int8: names of ours that are quantised on the way, with their scales beside them."""
     place = {name: (ours, i) for ours, parts in table.items() for i, name in enumerate(parts)}
     packed, missing, surplus, wrong = {}, dict(place), [], []
     for name, tensor in tensors:
@@ -485,9 +504,12 @@ def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where) -> di
         if tensor.shape != (rows, *shapes[ours][1:]) or not tensor.is_floating_point():
             wrong.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {(rows, *shapes[ours][1:])}")
             continue
-        if ours not in packed:
-            packed[ours] = torch.empty(shapes[ours], dtype=dtype or tensor.dtype)
-        packed[ours][i * rows:(i + 1) * rows] = tensor
+        parts = {ours: tensor.to(dtype or tensor.dtype)}
+        if ours in int8:
+            parts = dict(zip((ours, ours + SCALE), quantize_rows(tensor)))
+        for name, part in parts.items():
+            packed.setdefault(name, torch.empty(shapes[ours][:part.dim()], dtype=part.dtype))
+            packed[name][i * rows:(i + 1) * rows] = part
     if missing or surplus or wrong:
         from encodec import listed
         raise UserError(f"{where}: does not fit its configuration; missing: {listed(missing) or 'none'}; "
@@ -499,28 +521,39 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
     """LMModel from our directory, transformers' directory or hub id, or the original's format.
 
     The model is made on the meta device and tensors are assigned as they are read, so that loading needs little
-    more memory than the weights. dtype: of the weights; None keeps the file's. Raises UserError, listing them,
-    for missing, surplus and misshapen tensors.
+    more memory than the weights. dtype: of the weights; None keeps the file's; torch.int8: see `quicken`. Raises
+    UserError, listing them, for missing, surplus and misshapen tensors.
     """
     from encodec import load_strict, open_checkpoint, read_tensors
     directory = open_checkpoint(name_or_dir)
     config, origin = read_config(directory)
     with torch.device("meta"):
         lm = LMModel(config)
+    shapes = {name: value.shape for name, value in lm.state_dict().items()}
+    int8 = {f"{name}.weight" for name, m in lm.named_modules() if isinstance(m, Projection)} if dtype == torch.int8 else set()
+    dtype = torch.float32 if int8 else dtype
     if origin == "ours":
-        tensors = dict(read_tensors(directory, dtype=dtype))
+        tensors = {}
+        for name, tensor in read_tensors(directory):
+            if name in int8 and tensor.is_floating_point() and tensor.dim() == 2:
+                tensor, tensors[name + SCALE] = quantize_rows(tensor)
+            cast = dtype is not None and tensor.is_floating_point() and not name.endswith(SCALE)
+            tensors[name] = tensor.to(dtype) if cast else tensor
         for name in [name for name in tensors if name + SCALE in tensors]:
-            scale = tensors.pop(name + SCALE)
+            scale = tensors[name + SCALE]
             if scale.shape != tensors[name].shape[:1] or not scale.is_floating_point():
                 raise UserError(f"{directory}: {name} is {tuple(tensors[name].shape)}, its scale {tuple(scale.shape)}; damaged")
-            tensors[name] = (tensors[name] * scale[:, None]).to(dtype or torch.float32)
+            if name not in int8:
+                tensors[name] = (tensors[name] * tensors.pop(name + SCALE)[:, None]).to(dtype or torch.float32)
         if TIED[0] in tensors:
             tensors.setdefault(TIED[1], tensors[TIED[0]])
     else:
-        shapes = {name: value.shape for name, value in lm.state_dict().items()}
         skip = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.")
         found = ((name, t) for name, t in read_tensors(directory) if not name.startswith(skip))
-        tensors = pack(found, name_table(lm, origin == "original"), shapes, dtype, directory)
+        tensors = pack(found, name_table(lm, origin == "original"), shapes, dtype, directory, int8)
+    if int8:
+        quicken(lm, torch.int8)
+        tensors = {name.replace(".weight" + SCALE, ".scale"): tensor for name, tensor in tensors.items()}
     load_strict(lm, tensors, directory)
     return lm.eval()
 
@@ -604,7 +637,6 @@ def export_transformers(lm: LMModel, codec, directory):
     """
     import tempfile
     from encodec import read_json, read_tensors, write_tensors
-    from config import write_atomic
     c, directory = lm.config, Path(directory)
     melody = c.melody == "prepend"
     checks = [("text", c.text, "prepend" if melody else "cross"), ("melody", c.melody, "prepend" if melody else "none"),
@@ -652,6 +684,164 @@ def export_transformers(lm: LMModel, codec, directory):
             write_atomic(directory / path.name, path.read_bytes())
     for name, values in (("config", config), ("generation_config", generation), ("preprocessor_config", features)):
         write_atomic(directory / f"{name}.json", json.dumps(values, indent=1).encode())
+
+
+# === optional: fast decoding on the CPU =================================================================================
+#
+# One step of decoding reads every weight and the whole cache, and multiplies them with two rows, those of guidance:
+# its limit is the memory, which the usual products do not reach. `quicken` puts `QuickLinear` in the place of every
+# Projection: weights in float32, bfloat16 or int8 (each row with a scale), multiplied in float32 by kernels.c, which is
+# compiled when it is first needed. `QuickCache` holds keys and values likewise. Without a C compiler the fastest of
+# torch's own products takes its place.
+
+FEW = 32    # rows up to which a product waits for the weights rather than for the arithmetic
+KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}    # of kernels.c
+
+
+class QuickLinear(nn.Module):
+    """Projection for generation: weight (out, in), and scale (out,) where that is int8."""
+
+    def __init__(self, weight, dtype):
+        super().__init__()
+        self.register_buffer("weight", weight.to(dtype))
+        self.register_buffer("scale", weight.new_empty(len(weight)) if dtype == torch.int8 else None)
+
+    def forward(self, x, rows=None):
+        weight, scale = self.weight, self.scale
+        if rows is not None:
+            weight, scale = weight[rows], None if scale is None else scale[rows]
+        R, C = weight.shape
+        few = x.numel() <= FEW * C and R % 4 == C % 8 == 0
+        if few and kernels():
+            x = x.contiguous()
+            y = x.new_empty(*x.shape[:-1], R)
+            kernels().product(KINDS[weight.dtype], *places(weight, scale, x, None, None), 0, None, *places(y), R, C, x.numel() // C)
+            return y
+        if few and weight.dtype == torch.int8:
+            return torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale.bfloat16()).view(*x.shape[:-1], R).float()
+        if few and weight.dtype == torch.float32:
+            return (weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], R)
+        if weight.dtype == torch.bfloat16 and has_bfloat16():
+            return F.linear(x.bfloat16(), weight).float()
+        y = F.linear(x, weight.to(x.dtype))
+        return y if scale is None else y * scale
+
+
+class QuickCache(Cache):
+    """Keys and values (layers, B, H, room, E) in float32, bfloat16, or int8 with a scale for each."""
+
+    def __init__(self, config: Config, batch: int, steps: int, device, dtype):
+        super().__init__(config, batch, 0, device, torch.float32)
+        H, E, N = config.num_heads, config.dim // config.num_heads, config.num_layers
+        self.room = steps
+        self.k, self.v = (torch.empty(N, batch, H, steps, E, dtype=dtype) for _ in "kv")
+        self.k_scale, self.v_scale = (torch.empty(N, batch, H, steps if dtype == torch.int8 else 0) for _ in "kv")
+        self.scores, self.table = torch.empty(batch, H, steps), None
+
+    def through(self, layers, x, angles, mask, conditions: Conditions):
+        B, S, D = x.shape
+        H, room, E = self.k.shape[2:]
+        plain = angles is None and isinstance(layers[0].attn.q_norm, nn.Identity)
+        if self.length == 0 or not plain or B > FEW or D % 8:
+            return super().through(layers, x, angles, mask, conditions)
+        if self.table is None:  # the tensors of all layers, as struct layer of kernels.c has them
+            self.table, self.cross_hidden, P = [], None, 0
+            for n, layer in enumerate(layers):
+                parts = [layer.norm1, layer.attn.qkv, layer.attn.out, layer.norm2, layer.ff1, layer.ff2]
+                row = [places(m.weight, m.bias if isinstance(m, nn.LayerNorm) else m.scale) for m in parts]
+                row.insert(3, places(self.k[n], self.k_scale[n], self.v[n], self.v_scale[n]))
+                if n in self.cross:
+                    self.cross[n] = tuple(t.contiguous() for t in self.cross[n])
+                    P = self.cross[n][0].shape[2]
+                    row.append(places(layer.norm_cross.weight, layer.norm_cross.bias, layer.cross.qkv.weight, layer.cross.qkv.scale,
+                                      layer.cross.out.weight, layer.cross.out.scale, *self.cross[n]))
+                self.table.append(sum(row, []))
+            self.table = torch.tensor([[place or 0 for place in row + [0] * (24 - len(row))] for row in self.table])
+            if conditions.cross_mask is not None and P:
+                self.cross_hidden = torch.zeros(B, P).masked_fill_(~conditions.cross_mask, -1e30)
+            self.scores = self.scores.new_empty(B, H, max(room, P))
+            self.P = P
+        x = x.clone(memory_format=torch.contiguous_format)
+        kernels().decode(
+            KINDS[self.k.dtype], *places(self.table), len(layers), *places(x, self.hidden, self.cross_hidden, self.scores),
+            B, H, self.length + 1, room, E, len(layers[0].ff1.weight), self.P)
+        return x
+
+    def attend(self, q, k, v, mask):
+        B, H, S, E = q.shape
+        n, start = self.n, self.length
+        if start == 0:
+            for new, data, scale in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+                if data.dtype == torch.int8:
+                    new, scale[n, :, :, :S] = quantize_rows(new)
+                data[n, :, :, :S] = new
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty_like(q)
+        kernels().attend(
+            KINDS[self.k.dtype], *places(q, k, v), H * E, *places(self.k[n], self.k_scale[n], self.v[n], self.v_scale[n]),
+            *places(self.hidden, self.scores, out), B, H, start + 1, self.room, E)
+        return out
+
+
+def places(*tensors) -> list:
+    """Where the numbers of contiguous tensors are, for kernels.c; None for None."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def quicken(lm: LMModel, dtype=None) -> LMModel:
+    """Puts QuickLinear in the place of every Projection, the rest in float32. For generation on the CPU only.
+
+    dtype: of the weights; None keeps theirs. A model on the meta device gets empty ones, to be loaded."""
+    for module in list(lm.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Projection):
+                setattr(module, name, QuickLinear(child.weight.detach(), dtype or child.weight.dtype))
+    for tensor in lm.parameters():
+        tensor.data = tensor.data.float()
+    return lm
+
+
+def pick_dtype(name: str, device) -> str:
+    """"auto": the fastest weights that the device computes with; any other name is returned as it is."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "int8" if kernels() or has_bfloat16() else "float32"
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself."""
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+@functools.cache
+def kernels():
+    """kernels.c, compiled for this very processor; None where there is no C compiler or no place to keep the result."""
+    import ctypes
+    source, info = Path(__file__).with_name("kernels.c"), Path("/proc/cpuinfo")
+    processor = re.search("flags.*", info.read_text())[0] if platform.machine() == "x86_64" and info.is_file() else platform.platform()
+    name = hashlib.sha256(source.read_bytes() + processor.encode()).hexdigest()[:16] + ".so"
+    path = Path.home() / ".cache" / "nanomusicgen" / name
+
+    def build(temporary):
+        # in two steps: linked with -Ofast, a library makes the whole process flush small numbers to zero
+        compiler, flags = shutil.which("cc") or "gcc", ["-march=native", "-fopenmp", "-fPIC"]
+        for command in (["-Ofast", *flags, "-c", source, "-o", f"{temporary}.o"], [*flags, "-shared", f"{temporary}.o", "-o", temporary, "-lm"]):
+            subprocess.run([compiler, *map(str, command)], check=True, capture_output=True, timeout=60)
+        Path(f"{temporary}.o").unlink()
+    try:
+        if not path.is_file():
+            write_atomic(path, build)
+        library = ctypes.CDLL(str(path))
+    except (OSError, UserError, subprocess.SubprocessError):
+        return None
+    P, L = ctypes.c_void_p, ctypes.c_long
+    library.product.argtypes = [ctypes.c_int, *[P] * 5, ctypes.c_int, *[P] * 2, *[L] * 3]
+    library.attend.argtypes = [ctypes.c_int, *[P] * 3, L, *[P] * 7, *[L] * 5]
+    library.decode.argtypes = [ctypes.c_int, P, L, *[P] * 4, *[L] * 7]
+    library.product.restype = library.attend.restype = library.decode.restype = None
+    return library
 
 
 def demo():

@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from config import Parser, UserError, pick_device, run, write_atomic
 from encodec import EncodecModel, open_checkpoint, read_audio, write_audio
-from lm import LMModel, condition_passes, generate
+from lm import LMModel, condition_passes, generate, pick_dtype, quicken
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "auto": None}
 MAX_DURATION = 3600.0   # s; a guard against --duration 1e9, not a limit of the method
 
 
@@ -62,13 +62,19 @@ class MusicGen:
     def from_pretrained(cls, name_or_dir, device: str = "auto", dtype: str = "float32") -> "MusicGen":
         """Loads our directory, a transformers directory or hub id, or a directory in the original's format.
 
-        dtype: of the language model's weights, "float32", "bfloat16" or "float16"; the codec stays in float32.
+        dtype: of the language model's weights, "float32", "bfloat16", "float16", "int8" (on the CPU) or "auto", the
+        fastest for the device; the codec stays in float32.
         Raises UserError naming what is missing or does not fit.
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
         device, directory = pick_device(device), open_checkpoint(name_or_dir)
+        dtype = pick_dtype(dtype, device)
+        if dtype == "int8" and device.type != "cpu":
+            raise UserError(f"dtype 'int8' is for the CPU; on {device.type} take bfloat16 or float16")
         lm = LMModel.from_pretrained(directory, DTYPES[dtype]).to(device)
+        if device.type == "cpu" and dtype != "float16":
+            quicken(lm)
         codec = load_codec(directory, lm)
         # the codec's convolutions and nearest-neighbour search are not to be trusted on mps; it is a small part
         return cls(lm, codec.fold().to("cpu" if device.type == "mps" else device))

@@ -170,7 +170,7 @@ def test_half_precision_files_and_types_on_load(tmp_path):
     reference("melody", tmp_path, dtype=torch.float16)
     assert L.LMModel.from_pretrained(tmp_path).emb.weight.dtype == torch.float16
     model = MusicGen.from_pretrained(tmp_path, "cpu", "bfloat16")
-    assert model.lm.emb.weight.dtype == torch.bfloat16
+    assert model.lm.heads.weight.dtype == torch.bfloat16
     assert model.generate(["slow"], duration=0.05).isfinite().all()
 
 

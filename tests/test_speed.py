@@ -1,0 +1,168 @@
+"""Every fast way against the plain one: kernels.c, weights in fewer bits, the passes of the optimizer.
+
+    python -m pytest tests/test_speed.py
+"""
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lm as L
+from conditioners import Conditions
+from config import Config
+from sample import MusicGen
+
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "tiny"
+SMALL = dict(dim=48, num_heads=3, num_layers=2, n_q=4, card=20, t5="bytes", t5_dim=16, t5_layers=1, t5_heads=2, sample_rate=8000,
+             ratios=(8, 5, 4), radix2_exp=9, segment_duration=0.5)
+KINDS = {
+    "melody": {}, "text": dict(text="cross", melody="none"), "no prefix": dict(text="none", melody="none"),
+    "rope": dict(positional_embedding="rope"), "normed": dict(qk_layer_norm=True), "heads of 72": dict(dim=144, num_heads=2),
+    "too odd": dict(dim=36, num_heads=3)}
+needs_kernels = pytest.mark.skipif(not L.kernels(), reason="no C compiler")
+
+
+def make(**options) -> L.LMModel:
+    torch.manual_seed(0)
+    return L.LMModel(Config(**SMALL | options)).eval()
+
+
+def next_logits(lm, passes, codes, new_cache):
+    """Logits (B, K, S, V) of codes read step by step."""
+    sequence, _ = lm.pattern.build(codes, lm.special)
+    cache = new_cache(passes[0])
+    with torch.inference_mode():
+        return torch.cat([lm(sequence[..., s:s + 1], passes[0], cache) for s in range(sequence.shape[-1])], 2)
+
+
+def cache_of(lm, kind, batch, steps):
+    return lambda c: kind(lm.config, batch, steps + (0 if c.prefix is None else c.prefix.shape[1]), "cpu", lm.heads.weight.dtype)
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("compiler", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_in_float32_are_those_of_the_plain_way(kind, compiler, monkeypatch):
+    """Texts of several lengths, so that a prefix or a condition has padding; alone and in a batch."""
+    lm, texts, T = make(**KINDS[kind]), ["slow flute and a drum", None, "organ"], 8
+    if not compiler:
+        monkeypatch.setattr(L, "kernels", lambda: None)
+    passes = L.condition_passes(lm, texts, T)
+    expected = L.generate(lm, passes, T, [0, 1, 2], temperature=0)
+    L.quicken(lm)
+    assert torch.equal(L.generate(lm, passes, T, [0, 1, 2], temperature=0), expected)
+    alone = L.generate(lm, L.condition_passes(lm, texts[:1], T), T, [0], temperature=0)
+    assert torch.equal(alone, expected[:1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.int8, 4e-2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_cached_steps_are_near_those_of_the_plain_way(kind, dtype, tolerance):
+    lm, T = make(**KINDS[kind]), 10
+    passes = L.condition_passes(lm, ["slow flute and a drum", None], T, guidance=1)
+    codes = torch.randint(lm.config.card, (2, 4, T), generator=torch.Generator().manual_seed(1))
+    expected = lm(lm.pattern.build(codes, lm.special)[0], passes[0]).detach()
+    L.quicken(lm)
+    if dtype != torch.float32:
+        tensors = {}
+        for name, module in lm.named_modules():
+            if isinstance(module, L.QuickLinear):
+                weight, scale = L.quantize_rows(module.weight) if dtype == torch.int8 else (module.weight.to(dtype), None)
+                tensors[name] = (weight, scale)
+        for name, (weight, scale) in tensors.items():
+            module = lm.get_submodule(name)
+            module.weight, module.scale = weight, scale
+    quick = lm.config.dim // lm.config.num_heads % 8 == 0
+    steps = next_logits(lm, passes, codes, cache_of(lm, L.QuickCache if quick else L.Cache, 2, T + 4) if quick else
+                        lambda c: L.Cache(lm.config, 2, 99, "cpu", torch.float32))
+    assert (steps - expected).norm() < tolerance * expected.norm()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_a_product_is_that_of_the_rounded_weights_and_does_not_depend_on_other_rows(dtype, rows):
+    generator = torch.Generator().manual_seed(0)
+    layer = L.QuickLinear(torch.randn(20, 40, generator=generator), torch.float32)
+    weight, layer.scale = layer.weight, None
+    if dtype == torch.int8:
+        layer.weight, layer.scale = L.quantize_rows(weight)
+        weight = layer.weight * layer.scale[:, None]
+    else:
+        layer.weight = weight = weight.to(dtype)
+    x = torch.randn(rows, 1, 40, generator=generator)
+    torch.testing.assert_close(layer(x), x @ weight.float().T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x, slice(8, 16)), x @ weight[8:16].float().T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer(x)[:1], layer(x[:1]))
+
+
+# --- weights in fewer bits ------------------------------------------------------------------------------------------
+
+def test_rows_of_an_int8_file_are_kept_and_written_again(tmp_path):
+    from safetensors.torch import load_file
+    lm = L.LMModel.from_pretrained(SHIPPED, torch.int8)
+    stored = load_file(SHIPPED / "model.safetensors")
+    assert torch.equal(lm.layers[0].attn.qkv.weight, stored["layers.0.attn.qkv.weight"])
+    lm.save(tmp_path, compact=True)
+    again = load_file(tmp_path / "model.safetensors")
+    assert again.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert again[name].dtype == tensor.dtype and torch.allclose(again[name].float(), tensor.float(), rtol=1e-3), name
+
+
+@pytest.mark.parametrize("file", ["ours", "compact", "transformers"])
+def test_int8_is_made_of_every_format(tmp_path, file):
+    """The same rows as rounding the loaded model would give."""
+    if file == "transformers":
+        from test_transformers import reference
+        reference("melody", tmp_path)
+    else:
+        make().save(tmp_path, compact=file == "compact")
+    plain, lm = L.LMModel.from_pretrained(tmp_path, torch.float32), L.LMModel.from_pretrained(tmp_path, torch.int8)
+    for name, module in plain.named_modules():
+        if isinstance(module, L.Projection):
+            weight, scale = L.quantize_rows(module.weight)
+            assert torch.equal(lm.get_submodule(name).weight, weight)
+            torch.testing.assert_close(lm.get_submodule(name).scale, scale, rtol=1e-5, atol=0)
+    assert torch.equal(lm.emb.weight, plain.emb.weight)
+
+
+@torch.inference_mode()
+def cross_entropy(lm, texts, codes):
+    """Mean over the codes (B, K, T), read step by step as generation does, through its cache."""
+    lm = lm.eval()
+    T = codes.shape[-1]
+    passes = L.condition_passes(lm, texts, T, guidance=1)
+    quick = isinstance(lm.heads, L.QuickLinear) and L.kernels()
+    steps = cache_of(lm, L.QuickCache, len(codes), T + 4) if quick else (
+        lambda c: L.Cache(lm.config, len(codes), 2048, "cpu", torch.float32))
+    logits, mask = lm.pattern.revert_logits(next_logits(lm, passes, codes, steps), T)
+    return L.codebook_cross_entropy(logits, codes, mask).mean()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_quality_of_the_shipped_model_in_fewer_bits(dtype):
+    """Within 0.5 % of float32, weights and cache, on music that the model made itself."""
+    model = MusicGen.from_pretrained(SHIPPED, "cpu", dtype)
+    plain = L.LMModel.from_pretrained(SHIPPED, torch.float32)
+    texts = ["a slow flute tune", "fast violin with drums"]
+    codes = MusicGen(copy.deepcopy(plain), model.codec).generate_codes(texts, duration=1.0)
+    assert abs(cross_entropy(model.lm, texts, codes) / cross_entropy(plain, texts, codes) - 1) < 0.005
+
+
+def test_auto_takes_what_the_machine_is_fast_with(monkeypatch):
+    cpu = torch.device("cpu")
+    for compiler, hardware, best in ((True, False, "int8"), (None, True, "int8"), (None, False, "float32")):
+        monkeypatch.setattr(L, "kernels", lambda: compiler)
+        monkeypatch.setattr(L, "has_bfloat16", lambda: hardware)
+        assert L.pick_dtype("auto", cpu) == best and L.pick_dtype("bfloat16", cpu) == "bfloat16"
+
+
+def test_without_a_compiler_there_are_no_kernels(monkeypatch, tmp_path):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(L.shutil, "which", lambda name: "/nowhere/cc")
+    assert L.kernels.__wrapped__() is None and not list(tmp_path.rglob("*.so*"))
