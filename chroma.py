@@ -197,7 +197,7 @@ def main(argv):
         raise UserError(f"{' '.join(argv)}: give one audio file, or none for a scale")
     sample_rate = 32000
     if argv:
-        from encodec import read_audio
+        from data.audio import read_audio
         wav, name = read_audio(argv[0], sample_rate, channels=1, duration=30.0), argv[0]
         wav = separate(wav, sample_rate, "auto")
     else:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import Config, UserError
+from config import Config, UserError, read_json
 
 T5_WIDTHS = {"t5-small": 512, "t5-base": 768, "t5-large": 1024, "google/flan-t5-base": 768}  # no download to know
 
@@ -127,7 +127,7 @@ def byte_t5(config: Config) -> nn.Module:
 def t5_config(name: str):
     """The T5Config of a hub id, a directory, or of the text encoder inside a MusicGen directory."""
     from transformers import AutoConfig
-    from encodec import open_checkpoint
+    from checkpoints.files import open_checkpoint
     try:
         config = AutoConfig.from_pretrained(open_checkpoint(name), trust_remote_code=False)
         config = getattr(config, "text_encoder", config)
@@ -142,7 +142,7 @@ def t5_config(name: str):
 def load_t5(name: str) -> nn.Module:
     """T5's encoder from a hub id, a directory, or a MusicGen directory in transformers' format."""
     from transformers import T5EncoderModel
-    from encodec import load_strict, open_checkpoint, read_json, read_tensors
+    from checkpoints.files import load_strict, open_checkpoint, read_tensors
     config = t5_config(name)
     with torch.device("meta"):
         t5 = T5EncoderModel(config)
@@ -159,7 +159,7 @@ def load_t5(name: str) -> nn.Module:
 def load_tokenizer(name: str):
     """The tokenizer of a hub id or directory; for "bytes" ByT5's, which makes the ids that `tokenize` makes."""
     from transformers import AutoTokenizer, ByT5Tokenizer
-    from encodec import open_checkpoint
+    from checkpoints.files import open_checkpoint
     if name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     try:

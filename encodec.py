@@ -9,17 +9,13 @@ The encoder ("SEANet", arXiv 2009.02095) is a stack of convolutions. Each stage 
 convolution that divides the rate by one of `ratios` (innermost last) and doubles the channels; an LSTM then looks
 over all frames. The decoder is its mirror image. T = ceil(L / stride), stride = product of the ratios.
 
-The file has the model, long audio in pieces, weights in the formats in use, audio files, and what only training
-needs: losses, discriminator, balancer. To understand MusicGen, read as far as `EncodecModel.decode`.
+The file has the model, long audio in pieces, and what only training needs: losses, discriminator, balancer. To
+understand MusicGen, read as far as `EncodecModel.decode`.
 """
 import dataclasses
 import functools
-import io
 import itertools
-import json
 import math
-import os
-import re
 import sys
 from pathlib import Path
 
@@ -29,7 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from config import Config, UserError, blaming, read_json, run, write_atomic
+from checkpoints.files import load_strict, write_tensors
+from config import Config, UserError, run
 from rvq import ResidualVectorQuantizer, process_count
 
 
@@ -240,17 +237,8 @@ class EncodecModel(nn.Module):
 
     def to_hf(self, directory):
         """Writes config.json and model.safetensors that transformers' EncodecModel.from_pretrained loads."""
-        c = self.config
-        if c.norm == "none" or not c.lstm or c.card & (c.card - 1):
-            raise UserError("transformers has only codecs with weight or group norm (not folded), an LSTM, and a "
-                            "power of two of entries")
-        values = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()}
-        # nextafter: theirs counts the codebooks back from it, rounding down
-        values |= dict(model_type="encodec", architectures=["EncodecModel"], use_conv_shortcut=not c.true_skip,
-                       target_bandwidths=[math.nextafter(c.n_q * self.bandwidth, math.inf)])
-        write_tensors(Path(directory) / "model.safetensors",
-                      {their_name(name, 1): tensor for name, tensor in self.state_dict().items()})
-        write_atomic(Path(directory) / "config.json", json.dumps(values, indent=1).encode())
+        from checkpoints.formats import export_codec
+        export_codec(self, directory)
 
     @classmethod
     def from_pretrained(cls, name, bandwidth: float | None = None, n_q: int | None = None,
@@ -260,6 +248,7 @@ class EncodecModel(nn.Module):
         A MusicGen directory gives the codec inside it. bandwidth (kb/s) or n_q choose how many codebooks to use
         (default: all); dtype None keeps that of the file. UserError names all that is missing or not supported.
         """
+        from checkpoints.formats import read_codec
         config, tensors = read_codec(name, dtype)
         with torch.device("meta"):  # shapes only: memory is taken by the tensors that were read
             model = cls(config)
@@ -314,289 +303,6 @@ def _stream_convs(layers, pieces):
             yield layers(held)[..., done * up // down:None if x is None else end * up // down]
             drop = max(0, end - context)
             held, done = held[..., drop:], end - drop
-
-
-# --- reading and writing weights: lm.py and conditioners.py use these too ----------------------------------
-
-def open_checkpoint(name) -> Path:
-    """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> its directory."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)):
-        raise UserError(f"{name}: neither a directory nor a Hugging Face id such as facebook/musicgen-melody")
-    from huggingface_hub import snapshot_download
-    small = ["*.json", "*.model", "*.txt"]
-    with blaming(f"{name}: not a directory here, and the Hugging Face hub did not give it; check the name and the "
-                 "network, or name a directory"):
-        directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.safetensors"]))
-        if not any(directory.glob("*.safetensors")):  # an older upload
-            directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.bin"]))
-        return directory
-
-
-def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
-    """Yields (name without prefix, tensor) for all tensors under prefix; floating ones become dtype if given.
-
-    From model.safetensors or pytorch_model.bin, in one file or in shards with an index, or the original's
-    state_dict.bin. Nothing in the files is executed. Raises UserError naming the file that is missing or damaged.
-    """
-    for path in _weight_files(Path(directory)):
-        for name, tensor in _tensors_of(path, prefix):
-            if not isinstance(tensor, torch.Tensor):
-                raise UserError(f"{path}: {name} is not a tensor")
-            if name.startswith(prefix):
-                cast = dtype is not None and tensor.is_floating_point()
-                yield name[len(prefix):], tensor.to(dtype) if cast else tensor
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    for name in ("model.safetensors", "pytorch_model.bin", "state_dict.bin"):
-        index = directory / f"{name}.index.json"
-        if (directory / name).is_file():
-            return [directory / name]
-        if index.is_file():
-            names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or any(Path(str(n)).name != n or len(n) > 255 for n in names.values()):
-                raise UserError(f"{index}: its weight_map must name files beside it")
-            return [directory / n for n in sorted(set(names.values()))]
-    raise UserError(f"{directory}: has no model.safetensors, pytorch_model.bin or state_dict.bin")
-
-
-def _tensors_of(path, prefix: str):
-    """Of a safetensors file only what is under prefix: a codec need not read the language model it is stored with."""
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-        with blaming(f"{path}: damaged, or not a safetensors file"), safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys() if name.startswith(prefix))
-    else:
-        yield from (read_original(path)[0] if path.name == "state_dict.bin" else read_pickle(path)).items()
-
-
-def read_pickle(path) -> dict:
-    """A .bin file of torch.save: tensors and plain values only, no code is run. Raises UserError naming it."""
-    with blaming(f"{path}: damaged, or more than plain tensors"):
-        value = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(value, dict), f"it holds a {type(value).__name__}"
-        for tensor in _tensors_in(value):  # strides of 0 make much of little, until something copies it
-            assert tensor.nbytes <= tensor.untyped_storage().nbytes(), "a tensor claims more numbers than it has"
-        return value
-
-
-def _tensors_in(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else ():
-        yield from _tensors_in(inner)
-
-
-def read_original(path) -> tuple[dict, dict]:
-    """(tensors by name, configuration) of state_dict.bin or compression_state_dict.bin of the original."""
-    value = read_pickle(path)
-    if "pretrained" in value:
-        return {}, {"pretrained": str(value["pretrained"])}
-    import yaml
-    with blaming(f"{path}: needs best_state and a YAML xp.cfg"):
-        config, state = yaml.safe_load(value["xp.cfg"]), value["best_state"]
-        state = state.get("model", state)
-        assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values()), "not so"
-        return state, config
-
-
-def load_strict(module: nn.Module, tensors: dict, where):
-    """Makes the tensors the module's own, without a copy. Raises UserError listing all that does not fit."""
-    own = module.state_dict()
-    problems = {
-        "missing": own.keys() - tensors.keys(), "surplus": tensors.keys() - own.keys(),
-        "wrong shape": [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
-                        for name in own.keys() & tensors.keys() if tensors[name].shape != own[name].shape],
-        "wrong type": [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in
-                       (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-                       and (name not in own or t.dtype != own[name].dtype)]}
-    if any(problems.values()):
-        raise UserError(f"{where}: the weights do not fit the configuration; " + "; ".join(
-            f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names))
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"{where}: damaged, {bad[0]} has numbers that are not finite; fetch it again")
-    module.load_state_dict(tensors, assign=True)
-
-
-def listed(names) -> str:
-    """Names for a message: the first twenty, and how many more."""
-    return ", ".join(list(names)[:20]) + f" and {len(names) - 20:,} more" * (len(names) > 20)
-
-
-def write_tensors(path, tensors: dict, metadata: dict | None = None):
-    """Writes a safetensors file; the whole file or nothing."""
-    from safetensors.torch import save_file
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with blaming(f"{path}: cannot be written"):  # a full disk is an error of safetensors' own
-        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata or {"format": "pt"}))
-
-
-# --- the codec in the formats of others --------------------------------------------------------------------
-
-NAMES = (
-    # ours                                transformers                      the original
-    (r"^(en|de)coder\.",                  r"\1coder.layers.",               r"\1coder.model."),
-    (r"\.conv\.",                         ".conv.",                         ".conv.conv."),
-    (r"\.convtr\.",                       ".conv.",                         ".convtr.convtr."),
-    (r"\.conv_norm\.",                    ".norm.",                         ".conv.norm."),
-    (r"\.convtr_norm\.",                  ".norm.",                         ".convtr.norm."),
-    (r"^quantizer\.codebooks\.(\d+)\.",   r"quantizer.layers.\1.codebook.", r"quantizer.vq.layers.\1._codebook."),
-)
-FIELDS = {  # ours -> transformers'; the original's is seanet.OURS, but for two
-    "sample_rate": "sampling_rate", "channels": "audio_channels", "n_filters": "num_filters", "norm": "norm_type",
-    "ratios": "upsampling_ratios", "dimension": "hidden_size", "lstm": "num_lstm_layers", "card": "codebook_size",
-    "n_residual_layers": "num_residual_layers", "dilation_base": "dilation_growth_rate", "compress": "compress",
-    "kernel_size": "kernel_size", "last_kernel_size": "last_kernel_size", "causal": "use_causal_conv",
-    "residual_kernel_size": "residual_kernel_size", "pad_mode": "pad_mode",
-}
-ONLY = (  # (transformers, the original, the one value that is supported)
-    ("normalize", "encodec.renormalize", False), ("chunk_length_s", None, None),
-    ("trim_right_ratio", "seanet.decoder.trim_right_ratio", 1.0), (None, "seanet.activation", "ELU"),
-    (None, "seanet.disable_norm_outer_blocks", 0), (None, "seanet.decoder.final_activation", None),
-    (None, "encodec.autoencoder", "seanet"), (None, "encodec.quantizer", "rvq"))
-
-
-def their_name(name: str, column: int) -> str:
-    """Our name of a tensor as transformers (column 1) or the original (column 2) has it."""
-    for row in NAMES:
-        name = re.sub(row[0], row[column], name)
-    return name
-
-
-def read_codec(name, dtype, named_by=None):
-    """(Config, tensors under our names) of a codec in any of the formats that from_pretrained takes."""
-    directory = open_checkpoint(name)
-    if (directory / "codec" / "config.json").is_file():  # a language model of ours, with its codec inside
-        directory = directory / "codec"
-    if (directory / "config.json").is_file():
-        values = read_json(directory / "config.json")
-        if "model_type" not in values:
-            return Config.from_json(directory / "config.json"), dict(read_tensors(directory, dtype=dtype))
-        inside = "audio_encoder" in values
-        tensors = dict(read_tensors(directory, "audio_encoder." if inside else "", dtype))
-        books = len({n.split(".")[2] for n in tensors if n.startswith("quantizer.layers.")})
-        values, column = _config_from_transformers(values["audio_encoder"] if inside else values, books, name), 1
-    elif (directory / "compression_state_dict.bin").is_file():
-        tensors, values = read_original(directory / "compression_state_dict.bin")
-        if "pretrained" in values:
-            if named_by:  # or they might name each other for ever
-                raise UserError(f"{named_by}: names the codec {name}, which only names another one")
-            return read_codec(values["pretrained"], dtype, named_by=name)
-        tensors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}  # codecs have only floating ones
-        values, column = _config_from_original(values, name), 2
-    else:
-        raise UserError(f"{name}: has neither config.json nor compression_state_dict.bin, so not a codec we know")
-    tensors = {re.sub(r"weight_([gv])$", lambda m: f"parametrizations.weight.original{'gv'.index(m[1])}", n): t
-               for n, t in tensors.items()}  # weight norm is spelt in an old and a new way
-    try:
-        config = Config(task="codec", **values)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    with torch.device("meta"):
-        ours = {their_name(n, column): n for n in EncodecModel(config).state_dict()}
-    return config, {ours.get(n, n): t for n, t in tensors.items()}
-
-
-def _config_from_transformers(values: dict, books: int, where) -> dict:
-    from transformers import EncodecConfig  # for the defaults that a file may leave out
-    with blaming(f"{where}: not a configuration of EnCodec"):
-        assert values["model_type"] == "encodec", f"model_type is {values['model_type']!r:.40}"
-        theirs = EncodecConfig(**values)
-        bits = 1000 * theirs.target_bandwidths[-1] / math.ceil(theirs.sampling_rate / theirs.hop_length)
-        # Older versions of transformers count 10 bits a codebook whatever its size: believe the file if it agrees.
-        n_q = books if books == int(bits // 10) else int(bits // math.ceil(math.log2(theirs.codebook_size)))
-    for key, _, value in ONLY + (("codebook_dim", None, theirs.hidden_size),):
-        if key and getattr(theirs, key) != value:
-            raise UserError(f"{where}: {key} = {getattr(theirs, key)!r} is not supported, only {value!r}")
-    return dict(n_q=n_q, true_skip=not theirs.use_conv_shortcut,
-                **{ours: getattr(theirs, key) for ours, key in FIELDS.items()})
-
-
-def _config_from_original(tree: dict, where) -> dict:
-    def look(path, depth=0):
-        value = tree
-        for key in path.split("."):
-            if not isinstance(value, dict) or key not in value or depth > 9:
-                raise UserError(f"{where}: its configuration lacks {path}")
-            value = value[key]
-        reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
-        return look(reference[1], depth + 1) if reference else value  # ${channels} stands for channels
-    for _, key, value in ONLY:
-        if key and look(key) != value:
-            raise UserError(f"{where}: {key} = {look(key)!r} is not supported, only {value!r}")
-    paths = {ours: f"seanet.{ours}" for ours in (*FIELDS, "true_skip")}
-    paths |= {"sample_rate": "sample_rate", "card": "rvq.bins", "n_q": "rvq.n_q"}
-    return {ours: look(path) for ours, path in paths.items()}
-
-
-# --- audio files -------------------------------------------------------------------------------------------
-
-FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"),
-           ".mp3": ("MP3", "MPEG_LAYER_III")}
-
-
-def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, duration: float | None = None):
-    """Any file that soundfile reads -> wave (C, L), float32, at sample_rate. start and duration in seconds.
-
-    The file is read block by block, so a header that lies about its length costs nothing. Pieces read one by one
-    join to what the whole file gives: the resampler sees a little more on both sides.
-    Raises UserError naming the file: missing, unreadable, empty there, or with NaN or infinite samples.
-    """
-    import numpy as np
-    import soundfile
-    from scipy.signal import resample_poly
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such audio file")
-    duration = 1e9 if duration is None else duration
-    if start < 0 or duration <= 0:
-        raise UserError(f"{path}: cannot read {duration} s from {start} s on; start from 0, last more than 0")
-    first, length, blocks = round(start * sample_rate), round(duration * sample_rate), []
-    with blaming(f"{path}: cannot be read as audio"), soundfile.SoundFile(os.fsencode(path)) as file:
-        if not 1000 <= file.samplerate <= 400_000:  # damage, or a bomb: resampling 1 Hz or 2 GHz takes any memory
-            raise UserError(f"{path}: claims {file.samplerate} Hz; save it at a rate from 1,000 to 400,000 Hz")
-        divisor = math.gcd(sample_rate, file.samplerate)
-        up, down = sample_rate // divisor, file.samplerate // divisor  # `down` samples become `up`
-        margin = 10 * max(up, down) // (up * down) + 2                 # half of the filter, in such groups
-        begin = max(0, first // up - margin)                           # group where reading begins
-        if begin * down > file.frames:
-            raise UserError(f"{path}: has {file.frames / file.samplerate:.2f} s, nothing at {start:.2f} s")
-        file.seek(begin * down)
-        left, size = ((first + length) // up + margin - begin) * down, 2 ** 18 // file.channels
-        while left > 0 and len(block := file.read(min(size, left), "float32", always_2d=True)):
-            left -= len(block)
-            sides = block[:, [0, min(1, block.shape[1] - 1)]]  # the first two channels, or the only one twice
-            blocks.append(block.mean(1, keepdims=True) if channels == 1 else sides)
-    wav = np.concatenate(blocks) if blocks else np.zeros((0, channels), np.float32)
-    if not np.isfinite(wav).all():
-        raise UserError(f"{path}: has samples that are not finite numbers")
-    if len(wav) and (up, down) != (1, 1):
-        wav = resample_poly(wav, up, down, axis=0)
-    wav = wav[first - begin * up:][:length]
-    if not len(wav):
-        raise UserError(f"{path}: no sound" + (f" at {start:.2f} s" if start else ""))
-    return torch.from_numpy(np.ascontiguousarray(wav.T, dtype=np.float32))
-
-
-def write_audio(path, wav, sample_rate: int):
-    """Writes wave (C, L) as wav, flac, ogg or mp3, by the ending. A peak above 0.99 is scaled down, never clipped."""
-    import soundfile
-    suffix = Path(path).suffix.lower()
-    if suffix not in FORMATS:
-        raise UserError(f"{path}: the ending tells the format, one of {' '.join(FORMATS)}")
-    wav = wav.detach().float().cpu()
-    if not wav.isfinite().all():
-        raise UserError(f"{path}: not written, the wave has samples that are not finite numbers")
-    peak = float(wav.abs().max()) if wav.numel() else 0.0
-    samples = (wav * (0.99 / peak) if peak > 0.99 else wav).T.numpy()  # (L, C)
-    buffer, (kind, subtype) = io.BytesIO(), FORMATS[suffix]  # not the file: libsndfile keeps quiet about full disks
-    with blaming(f"{path}: cannot be written"):
-        with soundfile.SoundFile(buffer, "w", sample_rate, samples.shape[1], subtype, format=kind) as file:
-            for i in range(0, len(samples), 2 ** 16):  # libsndfile's ogg writer fails on long blocks
-                file.write(samples[i:i + 2 ** 16])
-        write_atomic(path, buffer.getvalue())
 
 
 # --- training: losses, discriminator, balancer (EnCodec, sections 3.4 and 3.5) -----------------------------
@@ -742,6 +448,7 @@ def demo(argv):
     time = torch.arange(2 * codec.sample_rate) / codec.sample_rate
     wav = 0.3 * torch.sin(2 * torch.pi * (220 + 110 * time) * time).expand(codec.channels, -1)
     if argv:
+        from data.audio import read_audio
         wav = read_audio(argv[0], codec.sample_rate, codec.channels, duration=10.0)
     codes, K = codec.encode(wav[None]), codec.num_codebooks
     print(f"samples  {(1, *wav.shape)}  {wav.shape[1] / codec.sample_rate:.2f} s at {codec.sample_rate} Hz")

@@ -26,8 +26,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoints.files import open_checkpoint
 from config import Parser, UserError, pick_device, run, write_atomic
-from encodec import EncodecModel, open_checkpoint, read_audio, write_audio
+from data.audio import FORMATS, read_audio, write_audio
+from encodec import EncodecModel
 from lm import LMModel, condition_passes, generate, pick_dtype, quicken
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
@@ -268,7 +270,7 @@ def main(argv):
     """The command line, thin over MusicGen."""
     args = parse(argv)
     if args.export or args.export_hf:
-        from lm import export_transformers
+        from checkpoints.formats import export_transformers
         lm = LMModel.from_pretrained(args.checkpoint)
         codec = load_codec(args.checkpoint, lm)
         if args.export:
@@ -331,7 +333,6 @@ def output_names(args, texts) -> list[Path]:
     if args.out:
         out = Path(args.out)
         outs = [out] if len(texts) == 1 else [out.with_name(f"{out.stem}_{i}{out.suffix}") for i in range(len(texts))]
-        from encodec import FORMATS
         if out.suffix.lower() not in FORMATS:
             raise UserError(f"--out {out}: the ending tells the format, one of {' '.join(FORMATS)}")
         taken = [path for o in outs for path in written(o, args) if os.path.lexists(path)]

@@ -30,14 +30,17 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from checkpoints.files import open_checkpoint, write_tensors
+from checkpoints.formats import read_config
 from chroma import chroma_agreement
 from config import Config, UserError, blaming, load, pick_device, run, write_atomic
+from data.audio import read_audio, write_audio
 from data.measures import (chroma_of, codebook_use, compare_chroma, evaluate, generate_for, melody_of, reconstruct,
                            rounded, spread, with_perplexity)
 from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, get_batch
 from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
-                     generator_losses, open_checkpoint, read_audio, write_audio, write_tensors)
-from lm import LMModel, read_config
+                     generator_losses)
+from lm import LMModel
 from rvq import process_count, rank
 from sample import MusicGen
 
@@ -756,7 +759,8 @@ def load_state(path: Path, task, optimizers, ema, scaler) -> int:
                 tensor.copy_(like(file.get_tensor(name), tensor))
             for name in sorted(file.keys() - own.keys()):  # every process in the same order: shards are sent
                 p = weights[name.removeprefix("optim.").rpartition(".")[0]]
-                owner[p].state[p][name.rpartition(".")[2]] = like(file.get_tensor(name), p)
+                # a clone: how a product is added up hangs on where in memory a tensor begins, and files put it anywhere
+                owner[p].state[p][name.rpartition(".")[2]] = like(file.get_tensor(name).clone(), p)
             info = json.loads(file.metadata()["info"])
         scaler.load_state_dict(info["scaler"])
         ema.count, update = float(info["ema_count"]), int(info["update"])

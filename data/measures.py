@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from chroma import ChromaExtractor, chroma_agreement, separate
-from config import Config, UserError, pick_device, write_atomic
+from config import Config, UserError, pick_device, read_json, write_atomic
+from data.audio import read_audio
 from data.segments import AudioCrops, TokenSegments, collate
-from encodec import EncodecModel, mel_loss, read_audio, read_json
+from encodec import EncodecModel, mel_loss
 from sample import MusicGen, device_of
 
 # --- of a codec -------------------------------------------------------------------------------------------------

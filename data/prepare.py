@@ -45,7 +45,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
 from chroma import ChromaExtractor, pick_stem, separate
 from config import Config, Parser, UserError, load, pick_device, run, write_atomic
-from encodec import EncodecModel, read_audio, stream
+from data.audio import read_audio
+from encodec import EncodecModel, stream
 
 AUDIO = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff",
          ".m4a", ".aac", ".wma"}  # the last three cannot be read: better named as skipped than overlooked

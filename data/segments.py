@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from conditioners import augment_description, drop_conditions, word_dropout
-from config import Config, UserError
+from config import Config, UserError, read_json
+from data.audio import read_audio
 from data.prepare import clean
-from encodec import read_audio, read_json
 from rvq import process_count, rank
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")

@@ -31,6 +31,7 @@ import config as C
 import lm as L
 import prepare
 import sample as S
+from checkpoints import formats
 from config import Config
 from encodec import EncodecModel
 
@@ -228,7 +229,7 @@ def make_world(root: Path) -> Path:
     lm = L.LMModel(Config(**LM)).eval()
     S.MusicGen(lm, codec).save(root / "lm")
     S.MusicGen(L.LMModel(Config(**{**LM, "melody": "none", "text": "cross"})), codec).save(root / "text")
-    L.export_transformers(lm, codec, root / "hf")
+    formats.export_transformers(lm, codec, root / "hf")
     (root / "audio").mkdir()
     for n in range(4):
         soundfile.write(root / "audio" / f"{n}.wav", tone(0.6, frequency=220.0 * (n + 1), seed=n), RATE)

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import encodec  # noqa: E402
 from config import Config, UserError  # noqa: E402
-from encodec import EncodecModel, read_audio, write_audio  # noqa: E402
+from data.audio import read_audio, write_audio  # noqa: E402
+from encodec import EncodecModel  # noqa: E402
 
 TINY = Config(task="codec", n_filters=2, dimension=8, ratios=(4, 3, 2), n_q=3, card=16, lstm=1, sample_rate=2400,
               kmeans_init=False)

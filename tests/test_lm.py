@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lm as L
+from checkpoints import formats
 from conditioners import Conditions
 from config import Config, UserError, load
 
@@ -26,9 +27,9 @@ def arrays(name):
 def golden_model(z, prefix, text):
     config = dataclasses.replace(TINY, text=text, melody="none")
     lm = L.LMModel(config)
-    table = {ours: parts for ours, parts in L.name_table(lm, original=True).items() if "conditioner" not in ours}
+    table = {ours: parts for ours, parts in formats.name_table(lm, original=True).items() if "conditioner" not in ours}
     tensors = ((key[len(prefix + "state."):], value) for key, value in z.items() if key.startswith(prefix + "state."))
-    packed = L.pack(tensors, table, {n: t.shape for n, t in lm.state_dict().items()}, None, "golden")
+    packed = formats.pack(tensors, table, {n: t.shape for n, t in lm.state_dict().items()}, None, "golden")
     lm.load_state_dict(packed, strict=False)
     return lm.eval()
 

@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT / "data"))
 import prepare  # noqa: E402
 from chroma import ChromaExtractor, separate  # noqa: E402
 from config import Config, UserError  # noqa: E402
-from encodec import EncodecModel, read_audio  # noqa: E402
+from data.audio import read_audio  # noqa: E402
+from encodec import EncodecModel  # noqa: E402
 
 SR, STRIDE, HOP = 8000, 64, 256  # the grid of segments is lcm(64, 256) = 256 samples
 

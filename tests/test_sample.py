@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import lm as L
+from checkpoints import formats
 import sample as S
 from config import Config, UserError, run
-from encodec import EncodecModel, read_audio, write_audio
+from data.audio import read_audio, write_audio
+from encodec import EncodecModel
 
 CODEC = Config(task="codec", sample_rate=8000, ratios=(5, 4), n_filters=2, dimension=8, lstm=1, n_q=4, card=32)
 LM = dataclasses.replace(CODEC, task="lm", dim=32, num_heads=4, num_layers=2, t5="bytes", t5_dim=16, t5_heads=2, radix2_exp=8,
@@ -237,7 +239,7 @@ def test_the_originals_own_format(tmp_path):
     """state_dict.bin with best_state and a YAML configuration, the codec beside it."""
     import yaml
     m = model(text="none")
-    names = L.name_table(m.lm, original=True)
+    names = formats.name_table(m.lm, original=True)
     state = {part: piece.clone() for ours, parts in names.items() for part, piece in zip(parts, m.lm.state_dict()[ours].chunk(len(parts)))}
     c = m.config
     tree = dict(

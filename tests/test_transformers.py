@@ -14,6 +14,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import lm as L
+from checkpoints import formats
 from conditioners import T5Conditioner
 from config import UserError
 from encodec import EncodecModel
@@ -179,7 +180,7 @@ def test_exported_and_read_back(tmp_path, kind):
     """Ours -> transformers' classes -> ours: bit-identical weights, and their greedy tokens equal ours."""
     reference(kind, tmp_path / "first")
     lm, codec = L.LMModel.from_pretrained(tmp_path / "first"), EncodecModel.from_pretrained(tmp_path / "first")
-    L.export_transformers(lm, codec, tmp_path / "second")
+    formats.export_transformers(lm, codec, tmp_path / "second")
     name = "MusicgenMelodyForConditionalGeneration" if kind == "melody" else "MusicgenForConditionalGeneration"
     theirs, report = getattr(transformers, name).from_pretrained(tmp_path / "second", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]

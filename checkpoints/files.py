@@ -1,0 +1,130 @@
+"""Checkpoints as files: directories, hub ids, tensors in and out. Nothing that is read here can run code.
+
+    from checkpoints.files import open_checkpoint, read_tensors, write_tensors
+
+A checkpoint is a directory with config.json and model.safetensors; others' may come in shards or as .bin. What the
+formats of transformers and of the original mean is told in checkpoints/formats.py.
+"""
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config import UserError, blaming, read_json, write_atomic
+
+
+def open_checkpoint(name) -> Path:
+    """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> its directory."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)):
+        raise UserError(f"{name}: neither a directory nor a Hugging Face id such as facebook/musicgen-melody")
+    from huggingface_hub import snapshot_download
+    small = ["*.json", "*.model", "*.txt"]
+    with blaming(f"{name}: not a directory here, and the Hugging Face hub did not give it; check the name and the "
+                 "network, or name a directory"):
+        directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.safetensors"]))
+        if not any(directory.glob("*.safetensors")):  # an older upload
+            directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.bin"]))
+        return directory
+
+
+def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
+    """Yields (name without prefix, tensor) for all tensors under prefix; floating ones become dtype if given.
+
+    From model.safetensors or pytorch_model.bin, in one file or in shards with an index, or the original's
+    state_dict.bin. Nothing in the files is executed. Raises UserError naming the file that is missing or damaged.
+    """
+    for path in _weight_files(Path(directory)):
+        for name, tensor in _tensors_of(path, prefix):
+            if not isinstance(tensor, torch.Tensor):
+                raise UserError(f"{path}: {name} is not a tensor")
+            if name.startswith(prefix):
+                cast = dtype is not None and tensor.is_floating_point()
+                yield name[len(prefix):], tensor.to(dtype) if cast else tensor
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin", "state_dict.bin"):
+        index = directory / f"{name}.index.json"
+        if (directory / name).is_file():
+            return [directory / name]
+        if index.is_file():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or any(Path(str(n)).name != n or len(n) > 255 for n in names.values()):
+                raise UserError(f"{index}: its weight_map must name files beside it")
+            return [directory / n for n in sorted(set(names.values()))]
+    raise UserError(f"{directory}: has no model.safetensors, pytorch_model.bin or state_dict.bin")
+
+
+def _tensors_of(path, prefix: str):
+    """Of a safetensors file only what is under prefix: a codec need not read the language model it is stored with."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+        with blaming(f"{path}: damaged, or not a safetensors file"), safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys() if name.startswith(prefix))
+    else:
+        yield from (read_original(path)[0] if path.name == "state_dict.bin" else read_pickle(path)).items()
+
+
+def read_pickle(path) -> dict:
+    """A .bin file of torch.save: tensors and plain values only, no code is run. Raises UserError naming it."""
+    with blaming(f"{path}: damaged, or more than plain tensors"):
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(value, dict), f"it holds a {type(value).__name__}"
+        for tensor in _tensors_in(value):  # strides of 0 make much of little, until something copies it
+            assert tensor.nbytes <= tensor.untyped_storage().nbytes(), "a tensor claims more numbers than it has"
+        return value
+
+
+def _tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else ():
+        yield from _tensors_in(inner)
+
+
+def read_original(path) -> tuple[dict, dict]:
+    """(tensors by name, configuration) of state_dict.bin or compression_state_dict.bin of the original."""
+    value = read_pickle(path)
+    if "pretrained" in value:
+        return {}, {"pretrained": str(value["pretrained"])}
+    import yaml
+    with blaming(f"{path}: needs best_state and a YAML xp.cfg"):
+        config, state = yaml.safe_load(value["xp.cfg"]), value["best_state"]
+        state = state.get("model", state)
+        assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values()), "not so"
+        return state, config
+
+
+def load_strict(module: nn.Module, tensors: dict, where):
+    """Makes the tensors the module's own, without a copy. Raises UserError listing all that does not fit."""
+    own = module.state_dict()
+    problems = {
+        "missing": own.keys() - tensors.keys(), "surplus": tensors.keys() - own.keys(),
+        "wrong shape": [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+                        for name in own.keys() & tensors.keys() if tensors[name].shape != own[name].shape],
+        "wrong type": [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in
+                       (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+                       and (name not in own or t.dtype != own[name].dtype)]}
+    if any(problems.values()):
+        raise UserError(f"{where}: the weights do not fit the configuration; " + "; ".join(
+            f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names))
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{where}: damaged, {bad[0]} has numbers that are not finite; fetch it again")
+    module.load_state_dict(tensors, assign=True)
+
+
+def listed(names) -> str:
+    """Names for a message: the first twenty, and how many more."""
+    return ", ".join(list(names)[:20]) + f" and {len(names) - 20:,} more" * (len(names) > 20)
+
+
+def write_tensors(path, tensors: dict, metadata: dict | None = None):
+    """Writes a safetensors file; the whole file or nothing."""
+    from safetensors.torch import save_file
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with blaming(f"{path}: cannot be written"):  # a full disk is an error of safetensors' own
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata or {"format": "pt"}))
