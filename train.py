@@ -165,11 +165,13 @@ class Muon(torch.optim.Optimizer):
 
     A weight of more than two dimensions counts as a matrix (first, the rest). Groups with `keep_norm` hold the
     directions of weight-normalised convolutions: each row is set back to the length it had, or the growing length
-    would silently shrink the step. Embeddings, heads, norms and biases belong to Adam, not here.
+    would silently shrink the step. Embeddings, heads, norms and biases belong to Adam, not here. `precision` is that of
+    the products of `orthogonalize`, which bear bfloat16.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, keep_norm=False):
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, keep_norm=False, precision=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, keep_norm=keep_norm))
+        self.precision = precision
 
     @torch.no_grad()
     def step(self):
@@ -187,7 +189,7 @@ class Muon(torch.optim.Optimizer):
             for p, update in zip(params, nesterov):
                 by_shape.setdefault(p.flatten(1).shape, []).append((p, update))
             for (rows, columns), pairs in by_shape.items():
-                updates = orthogonalize(torch.stack([update.flatten(1) for _, update in pairs]))
+                updates = orthogonalize(torch.stack([update.flatten(1) for _, update in pairs]).to(self.precision))
                 scale = -group["lr"] * max(1, rows / columns) ** 0.5  # every row moves by about lr
                 for (p, _), update in zip(pairs, updates):
                     length = p.flatten(1).norm(dim=1, keepdim=True)
@@ -274,7 +276,8 @@ def build_optimizers(module, extra, config: Config) -> list:
         matrices = [p for name, p in named if p.ndim >= 2 and name.endswith("weight") and not re.search(TABLES, name)]
         rest = [p for p in params if all(p is not other for other in directions + matrices)]
         groups = [dict(params=directions, keep_norm=True), dict(params=matrices)]
-        optimizers = [Muon([g for g in groups if g["params"]], config.lr, weight_decay=config.weight_decay),
+        precision = torch.float32 if config.dtype == "float32" else torch.bfloat16
+        optimizers = [Muon([g for g in groups if g["params"]], config.lr, weight_decay=config.weight_decay, precision=precision),
                       torch.optim.AdamW(rest, config.lr / 10, **shared)]
     if list(extra.parameters()):
         lr = config.lr if config.optim == "adamw" else 3e-4

@@ -20,7 +20,7 @@ card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
 stem = "hpss"                  # of what a user gives; the data set brings its melodies alone
-melody_dropout = 0.1
+melody_dropout = 0.3           # a third plays from text alone: tempo is learnt from the words then
 n_eval_wavs = 100
 
 t5 = "bytes"
@@ -41,8 +41,9 @@ qk_layer_norm = True
 cfg_dropout = 0.1
 
 batch_size = 8
-epochs = 2
-updates_per_epoch = 400
+epochs = 10
+updates_per_epoch = 500
+dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"
 lr = 0.02
 weight_decay = 0.0
@@ -51,7 +52,7 @@ ema_decay = 0.99
 ema_every = 1
 valid_every = 500
 valid_batches = 8
-save_every = 200
-log_every = 20
-sample_every = 2000
+save_every = 250
+log_every = 25
+sample_every = 0
 extend_stride = 3.2            # s

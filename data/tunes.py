@@ -402,7 +402,7 @@ def describe(truth: dict, rng: np.random.Generator) -> str:
     extras = []
     if maybe(0.8):
         extras.append(pick(BACKING[truth["drums"], truth["bass"]]))
-    if maybe(0.35):
+    if maybe(0.5):
         extras.append(pick(("at {} bpm", "{} bpm", "{} beats per minute")).format(truth["bpm"]))
     if maybe(0.2):
         extras.append(f"in {truth['key']} {truth['mode']}" if maybe(0.6) else f"{truth['mode']} key")
