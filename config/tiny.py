@@ -41,7 +41,7 @@ qk_layer_norm = True
 cfg_dropout = 0.1
 
 batch_size = 8
-epochs = 10
+epochs = 9
 updates_per_epoch = 500
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"
