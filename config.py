@@ -104,6 +104,8 @@ class Config:
     pattern: str = "delay"              # delay, parallel, unroll, coarse_first or musiclm
     delays: tuple[int, ...] = (0, 1, 2, 3)  # of the delay pattern, one a codebook
     cfg_dropout: float = 0.2            # all conditions of an item dropped in training (classifier-free guidance)
+    history_dropout: float = 0.0        # all codes before a step hidden from an item in training: where every step is
+    #                                     like the first one, text and melody are all there is (ours: see config/tiny.py)
     cfg_coef: float = 3.0               # guidance at sampling
 
     # --- training (train.py) -----------------------------------------------------------------------------
@@ -133,6 +135,7 @@ class Config:
     save_every: int = 500               # updates between checkpoints
     log_every: int = 50                 # updates between lines of metrics.jsonl
     sample_every: int = 10000           # updates between validation samples written as audio; 0 is off
+    eval_tunes: bool = False            # --eval also asks for instruments, tempi and drums (data/obedience.py)
 
     # --- codec training (encodec.py, train.py) -----------------------------------------------------------
     l1: float = 0.1                     # weights of the losses; the balancer makes them shares of the gradient
@@ -299,7 +302,7 @@ CHOICES = dict(
     null_melody=("zeros", "c"), positional_embedding=("sin", "rope"),
     pattern=("delay", "parallel", "unroll", "coarse_first", "musiclm"),
     optim=("dadam", "adamw", "muon"), sharding=("ddp", "fsdp"), channels=(1, 2))
-PROBABILITIES = ("melody_dropout word_dropout merge_text_p drop_desc_p drop_other_p dropout cfg_dropout top_p "
+PROBABILITIES = ("melody_dropout word_dropout merge_text_p drop_desc_p drop_other_p dropout cfg_dropout history_dropout top_p "
                  "lr_min_ratio").split()
 LARGEST = {key: most for most, keys in (  # a stranger's checkpoint or a slip must not take all memory, or for ever
     (64, "n_q lstm n_residual_layers hidden_scale dilation_base"),

@@ -246,6 +246,9 @@ class LMModel(nn.Module):
         """
         T = codes.shape[-1]
         sequence, _ = self.pattern.build(codes, self.special, keep_only_valid_steps)
+        if self.training and self.config.history_dropout:
+            hidden = torch.rand(len(codes), 1, 1, device=codes.device) < self.config.history_dropout
+            sequence = torch.where(hidden, self.special, sequence)
         return self.pattern.revert_logits(self(sequence, conditions), T, keep_only_valid_steps)
 
     def loss(self, codes, texts=None, chroma=None, has_melody=None) -> tuple[torch.Tensor, torch.Tensor]:

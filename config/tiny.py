@@ -39,6 +39,7 @@ dropout = 0.1
 positional_embedding = "rope"
 qk_layer_norm = True
 cfg_dropout = 0.1
+history_dropout = 0.2          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
 epochs = 9
@@ -55,4 +56,5 @@ valid_batches = 8
 save_every = 250
 log_every = 25
 sample_every = 0
+eval_tunes = True              # --eval: does it play the instrument, the tempo, the drums asked for
 extend_stride = 3.2            # s

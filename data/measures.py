@@ -170,6 +170,9 @@ def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
     if rows:
         names = ("chroma_cosine", "chroma_agreement", "chroma_agreement_shuffled")
         figures |= dict(zip(names, torch.cat(rows).mean(0).tolist()))
+    if config.eval_tunes:
+        from data.obedience import obedience
+        figures |= obedience(model, split, config.n_eval_wavs)
     real = [latents(model.codec, item["codes"][None]) for item in items]
     generated = latents(model.codec, torch.cat(made))
     return {"items": len(items), **figures, "frechet": frechet_distance(generated, np.concatenate(real)),
