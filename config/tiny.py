@@ -42,8 +42,8 @@ cfg_dropout = 0.1
 history_dropout = 0.2          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 9
-updates_per_epoch = 500
+epochs = 8
+updates_per_epoch = 400
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"
 lr = 0.02
