@@ -257,3 +257,12 @@ def test_compact_checkpoints_are_small_and_close(tmp_path):
         assert b.dtype == torch.float32
         rows = a.abs().amax(-1, keepdim=True) if a.dim() == 2 else a.abs()
         assert ((a - b).abs() <= rows / 200 + 1e-6).all(), name
+
+
+def test_history_dropout_hides_all_codes_of_an_item_in_training_alone():
+    lm, codes = make(history_dropout=1.0), torch.randint(16, (2, 4, 12))
+    with torch.no_grad():
+        trained, read = lm.train().compute_predictions(codes)[0], lm.eval().compute_predictions(codes)[0]
+        other = lm.train().compute_predictions((codes + 1) % 16)[0]
+    real = ~trained.isnan()
+    assert torch.equal(trained[real], other[real]) and not torch.allclose(trained[real], read[real])
