@@ -4,6 +4,7 @@
     python sample.py --text "calm organ" --text "fast violin with drums" --duration 12 --seed 7
     python sample.py --checkpoint facebook/musicgen-melody --text "80s driving pop song" --melody tune.mp3
     python sample.py --text "a flute tune" --prompt recording.ogg --duration 20      # continues the recording
+    python sample.py --text "a flute tune" --page DIR                                # and a page to listen to it
     python sample.py --checkpoint out/tiny --export_hf DIR                           # for transformers
 
 The life of a sample (`MusicGen.generate`):
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from checkpoints.files import open_checkpoint
 from config import Parser, UserError, pick_device, run, write_atomic
 from data.audio import FORMATS, read_audio, write_audio
+from data.page import page_path, write_page
 from encodec import EncodecModel
 from lm import LMModel, condition_passes, generate, pick_dtype, quicken
 
@@ -259,7 +261,8 @@ def parse(argv):
     add("--stem", choices=("auto", "none", "hpss", "demucs"), help="how the melody is separated from its recording")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="float32", choices=list(DTYPES), help="of the language model's weights")
-    add("--overwrite", action="store_true", help="replace an existing --out")
+    add("--page", metavar="DIR", help="also write DIR/index.html, a page to listen to the results")
+    add("--overwrite", action="store_true", help="replace an existing --out or --page")
     add("--keep_partial", action="store_true", help="Ctrl-C ends with what is finished, not with nothing")
     add("--export", metavar="DIR", help="write the checkpoint small, as it is shipped (int8 and float16), and stop")
     add("--export_hf", metavar="DIR", help="write the checkpoint for transformers, and stop")
@@ -290,7 +293,7 @@ def main(argv):
     if args.prompt and args.continue_from:
         raise UserError("--prompt and --continue_from: give one of the two")
     seeds = [(args.seed or 0) + i for i in range(len(texts))]
-    outs = output_names(args, texts)
+    outs, page = output_names(args, texts), args.page and page_path(args.page, args.overwrite)
 
     model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype)
     if any(melodies) and model.lm.conditioner.melody is None:
@@ -323,6 +326,9 @@ def main(argv):
             write_codes(out.with_suffix(".npz"), codes[i])
         write_atomic(out.with_suffix(".json"), describe(args, texts[i], melodies[i], seeds[i], out, model.config).encode())
         print(out)
+    if page:
+        write_page(page, outs, "python sample.py " + shlex.join(argv))
+        print(page)
     if interrupted:
         print(f"interrupted: the first {wav.shape[-1] / model.sample_rate:.2f} s are written", file=sys.stderr)
         sys.exit(130)
@@ -355,9 +361,10 @@ def written(out: Path, args) -> list[Path]:
 def describe(args, text, melody, seed, out, config) -> str:
     """The JSON beside a result: what was asked for, with what settings, and the command that does it again."""
     given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
-    given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "overwrite", "keep_partial")}
+    given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "page", "overwrite", "keep_partial")}
     flags = {**({"text": text} if text else {}), **({"melody": melody} if melody else {}), **given, "seed": seed, "out": str(out)}
-    command = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    said = {k: v for k, v in flags.items() if (k, v) != ("checkpoint", str(DEFAULT_CHECKPOINT))}
+    command = [w for k, v in said.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
     used = {name: given.get(name, getattr(config, key)) for name, key in (
         ("guidance", "cfg_coef"), ("temperature", "temperature"), ("top_k", "top_k"), ("top_p", "top_p"))}
     return json.dumps({**flags, "settings": used, "torch": torch.__version__,
