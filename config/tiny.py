@@ -20,7 +20,7 @@ card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
 stem = "hpss"                  # of what a user gives; the data set brings its melodies alone
-melody_dropout = 0.3           # a third plays from text alone: tempo is learnt from the words then
+melody_dropout = 0.5           # the half plays from text alone: tempo is learnt from the words then
 n_eval_wavs = 100
 
 t5 = "bytes"
