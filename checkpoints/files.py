@@ -60,13 +60,20 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _tensors_of(path, prefix: str):
-    """Of a safetensors file only what is under prefix: a codec need not read the language model it is stored with."""
+    """Of a safetensors file only what is under prefix: a codec need not read the language model it is stored with.
+
+    The file is opened anew for every few tensors: what has been read of an open one counts as memory taken."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
-        with blaming(f"{path}: damaged, or not a safetensors file"), safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys() if name.startswith(prefix))
+        with blaming(f"{path}: damaged, or not a safetensors file"):
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith(prefix)]
+            for i in range(0, len(names), 8):
+                with safe_open(path, framework="pt") as file:
+                    yield from ((name, file.get_tensor(name)) for name in names[i:i + 8])
     else:
-        yield from (read_original(path)[0] if path.name == "state_dict.bin" else read_pickle(path)).items()
+        tensors = read_original(path)[0] if path.name == "state_dict.bin" else read_pickle(path)
+        yield from ((name, tensors.pop(name)) for name in list(tensors))    # each is free once it has been taken over
 
 
 def read_pickle(path) -> dict:

@@ -6,6 +6,7 @@ Two tables say which of our tensors is which of theirs, CODEC_NAMES and LM_NAMES
 names here to those in the original's code. Every number of the architecture comes from the checkpoint's own
 configuration. `EncodecModel.from_pretrained` and `LMModel.from_pretrained` come here.
 """
+import itertools
 import json
 import math
 import re
@@ -56,15 +57,7 @@ def read_codec(name, dtype, named_by=None):
     directory = open_checkpoint(name)
     if (directory / "codec" / "config.json").is_file():  # a language model of ours, with its codec inside
         directory = directory / "codec"
-    if (directory / "config.json").is_file():
-        values = read_json(directory / "config.json")
-        if "model_type" not in values:
-            return Config.from_json(directory / "config.json"), dict(read_tensors(directory, dtype=dtype))
-        inside = "audio_encoder" in values
-        tensors = dict(read_tensors(directory, "audio_encoder." if inside else "", dtype))
-        books = len({n.split(".")[2] for n in tensors if n.startswith("quantizer.layers.")})
-        values, column = codec_config_from_transformers(values["audio_encoder"] if inside else values, books, name), 1
-    elif (directory / "compression_state_dict.bin").is_file():
+    if is_original(directory, "compression_state_dict.bin"):
         tensors, values = read_original(directory / "compression_state_dict.bin")
         if "pretrained" in values:
             if named_by:  # or they might name each other for ever
@@ -72,6 +65,14 @@ def read_codec(name, dtype, named_by=None):
             return read_codec(values["pretrained"], dtype, named_by=name)
         tensors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}  # codecs have only floating ones
         values, column = codec_config_from_original(values, name), 2
+    elif (directory / "config.json").is_file():
+        values = read_json(directory / "config.json")
+        if "model_type" not in values:
+            return Config.from_json(directory / "config.json"), dict(read_tensors(directory, dtype=dtype))
+        inside = "audio_encoder" in values
+        tensors = dict(read_tensors(directory, "audio_encoder." if inside else "", dtype))
+        books = len({n.split(".")[2] for n in tensors if n.startswith("quantizer.layers.")})
+        values, column = codec_config_from_transformers(values["audio_encoder"] if inside else values, books, name), 1
     else:
         raise UserError(f"{name}: has neither config.json nor compression_state_dict.bin, so not a codec we know")
     tensors = {re.sub(r"weight_([gv])$", lambda m: f"parametrizations.weight.original{'gv'.index(m[1])}", n): t
@@ -101,20 +102,31 @@ def codec_config_from_transformers(values: dict, books: int, where) -> dict:
 
 
 def codec_config_from_original(tree: dict, where) -> dict:
-    def look(path, depth=0):
-        value = tree
-        for key in path.split("."):
-            if not isinstance(value, dict) or key not in value or depth > 9:
-                raise UserError(f"{where}: its configuration lacks {path}")
-            value = value[key]
-        reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
-        return look(reference[1], depth + 1) if reference else value  # ${channels} stands for channels
     for _, key, value in ONLY:
-        if key and look(key) != value:
-            raise UserError(f"{where}: {key} = {look(key)!r} is not supported, only {value!r}")
+        if key and look(tree, key, where) != value:
+            raise UserError(f"{where}: {key} = {look(tree, key, where)!r} is not supported, only {value!r}")
     paths = {ours: f"seanet.{ours}" for ours in (*CODEC_FIELDS, "true_skip")}
     paths |= {"sample_rate": "sample_rate", "card": "rvq.bins", "n_q": "rvq.n_q"}
-    return {ours: look(path) for ours, path in paths.items()}
+    return {ours: look(tree, path, where) for ours, path in paths.items()}
+
+
+def look(tree: dict, path: str, where, *default, depth=0):
+    """The value at "a.b.c" of the original's configuration, where "${channels}" stands for that of channels."""
+    value = tree
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value or depth > 9:
+            if default:
+                return default[0]
+            raise UserError(f"{where}: its configuration lacks {path}")
+        value = value[key]
+    reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    return look(tree, reference[1], where, *default, depth=depth + 1) if reference else value
+
+
+def is_original(directory, name: str) -> bool:
+    """Whether `name` of the original's format is what to read; a clone from the hub holds transformers' format too."""
+    return (directory / name).is_file() and not any(directory.glob("model*.safetensors")) and not any(
+        directory.glob("pytorch_model*.bin"))
 
 
 def export_codec(codec: EncodecModel, directory):
@@ -199,6 +211,15 @@ def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where, int8=
     return packed
 
 
+def left_out(lm: LMModel) -> dict[str, torch.Tensor]:
+    """Projections that transformers does without, as they would not change the width: identities."""
+    tensors = {}
+    for name, part in (("enc_to_dec_proj", lm.conditioner.text), ("audio_enc_to_dec_proj", lm.conditioner.melody)):
+        if part is not None and part.proj.in_features == lm.config.dim:
+            tensors |= {f"{name}.weight": torch.eye(lm.config.dim), f"{name}.bias": torch.zeros(lm.config.dim)}
+    return tensors
+
+
 def load_lm(name_or_dir, dtype=None) -> LMModel:
     """LMModel from our directory, transformers' directory or hub id, or the original's format.
 
@@ -229,8 +250,11 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
         if TIED[0] in tensors:
             tensors.setdefault(TIED[1], tensors[TIED[0]])
     else:
-        skip = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.")
+        skip = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.",
+                "condition_provider.conditioners.self_wav.chroma.")     # a window of the STFT
         found = ((name, t) for name, t in read_tensors(directory) if not name.startswith(skip))
+        if origin == "transformers":
+            found = itertools.chain(found, left_out(lm).items())
         tensors = pack(found, name_table(lm, origin == "original"), shapes, dtype, directory, int8)
     if int8:
         quicken(lm, torch.int8)
@@ -241,12 +265,12 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
 
 def read_config(directory) -> tuple[Config, str]:
     """Configuration and origin ("ours", "transformers", "original") of a model directory."""
-    original, ours = directory / "state_dict.bin", directory / "config.json"
-    if not original.is_file() and not ours.is_file():
+    original, ours = is_original(directory, "state_dict.bin"), directory / "config.json"
+    if not original and not ours.is_file():
         raise UserError(f"{directory}: no config.json and no state_dict.bin, so not a model of a known format")
     try:
-        if original.is_file():
-            return lm_config_from_original(read_original(original)[1], directory), "original"
+        if original:
+            return lm_config_from_original(read_original(directory / "state_dict.bin")[1], directory), "original"
         if "model_type" in read_json(ours):
             return lm_config_from_transformers(directory), "transformers"
         return Config.from_json(ours), "ours"
@@ -271,6 +295,7 @@ def lm_config_from_transformers(directory) -> Config:
     values = dict(
         channels=channels, sample_rate=codec.sampling_rate, ratios=tuple(codec.upsampling_ratios), codec=str(directory),
         text="prepend" if melody else "cross", t5=str(directory), null_melody="c", melody="none",
+        segment_duration=getattr(theirs, "segment_duration", 30.0), extend_stride=getattr(theirs, "extend_stride", 18.0),
         dim=decoder.hidden_size, num_heads=decoder.num_attention_heads, num_layers=decoder.num_hidden_layers,
         hidden_scale=decoder.ffn_dim // decoder.hidden_size, n_q=K, card=decoder.vocab_size,
         delays=tuple(k // channels for k in range(min(K, 65))))
@@ -282,29 +307,40 @@ def lm_config_from_transformers(directory) -> Config:
     return Config(**values)
 
 
+LM_ONLY = {  # where the original's configuration has one of these, it must have this value
+    **{f"transformer_lm.{key}": value for key, value in dict(
+        activation="gelu", norm_first=True, norm="layer_norm", bias_ff=False, bias_attn=False, bias_proj=False, causal=True,
+        past_context=None, layer_scale=None, xpos=False, qk_layer_norm=False, qk_layer_norm_cross=False, kv_repeat=1).items()},
+    "codebooks_pattern.delay.flatten_first": 0, "codebooks_pattern.delay.empty_initial": 0,
+    "fuser.cross_attention_pos_emb": False, "interleave_stereo_codebooks.per_timestep": False}
+
+
 def lm_config_from_original(theirs: dict, directory) -> Config:
     """Config from the YAML configuration in the original's state_dict.bin."""
-    model, conditioners = theirs["transformer_lm"], theirs.get("conditioners") or {}
-    delays = theirs["codebooks_pattern"]["delay"]["delays"]
-    text = next((c for c in conditioners.values() if c.get("model") == "t5"), None)
-    chroma = next((c["chroma_stem"] for c in conditioners.values() if c.get("model") == "chroma_stem"), None)
-    fuser = theirs.get("fuser") or {}
+    def get(path, *default):
+        return look(theirs, path, directory, *default)
+    for path, value in LM_ONLY.items():
+        if get(path, value) != value:
+            raise UserError(f"{directory}: {path} = {get(path)!r} is not supported, only {value!r}")
 
     def fusion(name):
         return next((how for how, key in (("prepend", "prepend"), ("cross", "cross"), ("sum", "sum"),
-                                          ("interpolate", "input_interpolate")) if name in (fuser.get(key) or [])), "none")
+                                          ("interpolate", "input_interpolate")) if name in (get(f"fuser.{key}", None) or [])), "none")
+    text, melody = (get(f"conditioners.{name}.model", None) for name in ("description", "self_wav"))
     values = dict(
-        channels=theirs.get("channels", 1), sample_rate=theirs["sample_rate"], codec=str(directory),
-        segment_duration=float(theirs["dataset"]["segment_duration"]), null_melody="c",
-        text=fusion("description") if text else "none", melody=fusion("self_wav") if chroma else "none", t5=text["t5"]["name"] if text else "t5-base",
-        dim=model["dim"], num_heads=model["num_heads"], num_layers=model["num_layers"],
-        hidden_scale=model["hidden_scale"], n_q=model["n_q"], card=model["card"],
-        positional_embedding=model.get("positional_embedding", "sin"), delays=tuple(delays),
-        pattern=theirs["codebooks_pattern"]["modeling"])
-    if chroma:
-        values |= {key: chroma[key] for key in ("n_chroma", "radix2_exp", "argmax")}
-    if theirs.get("classifier_free_guidance"):
-        values["cfg_coef"] = float(theirs["classifier_free_guidance"]["inference_coef"])
+        channels=get("channels", 1), sample_rate=get("sample_rate"), codec=str(directory),
+        segment_duration=float(get("dataset.segment_duration")), null_melody="c",
+        text=fusion("description") if text == "t5" else "none", melody=fusion("self_wav") if melody == "chroma_stem" else "none",
+        positional_embedding=get("transformer_lm.positional_embedding", "sin"),
+        max_period=float(get("transformer_lm.max_period", 10000)), cfg_coef=float(get("classifier_free_guidance.inference_coef", 3.0)),
+        pattern=get("codebooks_pattern.modeling"), delays=tuple(get("codebooks_pattern.delay.delays", (0, 1, 2, 3))))
+    values |= {key: get(f"transformer_lm.{key}") for key in ("dim", "num_heads", "num_layers", "hidden_scale", "n_q", "card")}
+    if values["pattern"] not in ("delay", "parallel"):
+        raise UserError(f"{directory}: codebooks_pattern.modeling = {values['pattern']!r} is not supported, only delay or parallel")
+    if text == "t5":
+        values["t5"] = get("conditioners.description.t5.name")
+    if melody == "chroma_stem":
+        values |= {key: get(f"conditioners.self_wav.chroma_stem.{key}") for key in ("n_chroma", "radix2_exp", "argmax")}
     return Config(**values)
 
 
@@ -328,6 +364,9 @@ def export_transformers(lm: LMModel, codec, directory):
     ours = lm.state_dict()
     for name, parts in name_table(lm, original=False).items():
         tensors |= zip(parts, ours[name].chunk(len(parts)))
+    for name, identity in left_out(lm).items():
+        if not torch.equal(tensors.pop(name).float().cpu(), identity):
+            raise UserError(f"transformers has no {name.partition('.')[0]} from width {c.dim} to {c.dim}, so this model cannot be exported")
     t5 = lm.conditioner.text.encoder()
     tensors |= {f"text_encoder.{name}": t for name, t in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
     with tempfile.TemporaryDirectory() as temporary:
@@ -343,7 +382,8 @@ def export_transformers(lm: LMModel, codec, directory):
         max_position_embeddings=2048, pad_token_id=c.card, bos_token_id=c.card, tie_word_embeddings=False)
     kind = "MusicgenMelody" if melody else "Musicgen"
     config = dict(model_type="musicgen_melody" if melody else "musicgen", architectures=[f"{kind}ForConditionalGeneration"],
-                  text_encoder=t5.config.to_dict(), audio_encoder=audio_encoder, decoder=decoder)
+                  text_encoder=t5.config.to_dict(), audio_encoder=audio_encoder, decoder=decoder,
+                  segment_duration=c.segment_duration, extend_stride=c.extend_stride)  # theirs has none: for our own reader
     special = dict(pad_token_id=c.card, bos_token_id=c.card, decoder_start_token_id=c.card)
     generation = dict(do_sample=True, guidance_scale=c.cfg_coef, top_k=c.top_k, temperature=c.temperature,
                       max_length=round(c.segment_duration * c.sample_rate / c.stride), **special)

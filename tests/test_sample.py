@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import lm as L
-from checkpoints import formats
 import sample as S
 from config import Config, UserError, run
 from data.audio import read_audio, write_audio
@@ -233,26 +232,6 @@ def test_mistakes_end_in_one_sentence(checkpoint, folder, capsys, argv, says):
     error = capsys.readouterr().err.strip()
     assert says in error.splitlines()[-1] and "Traceback" not in error
     assert [p.name for p in folder.iterdir()] == ["bad.npz"], "nothing is left behind"
-
-
-def test_the_originals_own_format(tmp_path):
-    """state_dict.bin with best_state and a YAML configuration, the codec beside it."""
-    import yaml
-    m = model(text="none")
-    names = formats.name_table(m.lm, original=True)
-    state = {part: piece.clone() for ours, parts in names.items() for part, piece in zip(parts, m.lm.state_dict()[ours].chunk(len(parts)))}
-    c = m.config
-    tree = dict(
-        sample_rate=c.sample_rate, channels=1, dataset=dict(segment_duration=c.segment_duration),
-        transformer_lm=dict(dim=c.dim, num_heads=c.num_heads, num_layers=c.num_layers, hidden_scale=4, n_q=4, card=32),
-        codebooks_pattern=dict(modeling="delay", delay=dict(delays=[0, 1, 2, 3])), fuser=dict(prepend=["self_wav", "description"]),
-        conditioners=dict(self_wav=dict(model="chroma_stem", chroma_stem=dict(n_chroma=12, radix2_exp=8, argmax=True))),
-        classifier_free_guidance=dict(inference_coef=3.0))
-    torch.save({"best_state": state, "xp.cfg": yaml.safe_dump(tree)}, tmp_path / "state_dict.bin")
-    lm = L.LMModel.from_pretrained(tmp_path)
-    assert lm.config.null_melody == "c" and lm.config.radix2_exp == 8
-    for (name, a), b in zip(m.lm.state_dict().items(), lm.state_dict().values()):
-        assert torch.equal(a, b), name
 
 
 def test_no_code_runs_from_a_checkpoint(tmp_path):
