@@ -411,16 +411,16 @@ def full_size(directory, text=(), codec=(), **decoder):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the peak of a part of a program")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """At its peak, over the weights of the model that is loaded; 86 M of them, in files of float16."""
+    """At its peak, over the weights of the model that is loaded; 60 M of them, in files of float16."""
     from safetensors.torch import load_file
     full_size(tmp_path / "transformers", dict(d_model=64, num_layers=2), dict(num_filters=4), hidden_size=768,
-              num_hidden_layers=12, num_attention_heads=12, ffn_dim=3072)
+              num_hidden_layers=6, num_attention_heads=12, ffn_dim=3072)
     (tmp_path / "bin").mkdir()
     (tmp_path / "original").mkdir()
     torch.save(load_file(tmp_path / "transformers" / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
     (tmp_path / "bin" / "config.json").write_bytes((tmp_path / "transformers" / "config.json").read_bytes())
     xp = XP.replace("dim: 32, num_heads: 4, num_layers: 2, hidden_scale: 3, n_q: 4, card: 32",
-                    "dim: 768, num_heads: 12, num_layers: 12, hidden_scale: 4, n_q: 4, card: 2048")
+                    "dim: 768, num_heads: 12, num_layers: 6, hidden_scale: 4, n_q: 4, card: 2048")
     original(tmp_path / "original", tmp_path / "transformers", xp)
     L.LMModel.from_pretrained(tmp_path / "transformers").save(tmp_path / "ours")
     environment = dict(os.environ, PYTHONPATH=str(ROOT), MALLOC_MMAP_THRESHOLD_="65536")    # what is freed is given back
@@ -428,8 +428,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEMORY, *(str(tmp_path / name) for name in names)], env=environment,
                           capture_output=True, text=True, check=True)
     shares = dict(zip([(name, dtype) for name in names for dtype in ("as it is", "float32")], map(float, done.stdout.split())))
-    print(shares)
-    assert max(shares.values()) < 1.25, shares
+    assert max(shares.values()) < 1.4, shares     # a second copy would make it 1.5 or 2
 
 
 @pytest.mark.slow
