@@ -104,8 +104,8 @@ class Config:
     pattern: str = "delay"              # delay, parallel, unroll, coarse_first or musiclm
     delays: tuple[int, ...] = (0, 1, 2, 3)  # of the delay pattern, one a codebook
     cfg_dropout: float = 0.2            # all conditions of an item dropped in training (classifier-free guidance)
-    history_dropout: float = 0.0        # all codes before a step hidden from an item in training: where every step is
-    #                                     like the first one, text and melody are all there is (ours: see config/tiny.py)
+    history_dropout: float = 0.0        # an item sees few of its own codes in training, a random share: where what has
+    #                                     sounded tells little, text and melody are listened to (ours: config/tiny.py)
     cfg_coef: float = 3.0               # guidance at sampling
 
     # --- training (train.py) -----------------------------------------------------------------------------

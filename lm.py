@@ -247,7 +247,8 @@ class LMModel(nn.Module):
         T = codes.shape[-1]
         sequence, _ = self.pattern.build(codes, self.special, keep_only_valid_steps)
         if self.training and self.config.history_dropout:
-            hidden = torch.rand(len(codes), 1, 1, device=codes.device) < self.config.history_dropout
+            few, kept, each = (torch.rand(len(codes), 1, n, device=codes.device) for n in (1, 1, sequence.shape[-1]))
+            hidden = (few < self.config.history_dropout) & (each > kept ** 3)           # (B, 1, S): most steps, or all
             sequence = torch.where(hidden, self.special, sequence)
         return self.pattern.revert_logits(self(sequence, conditions), T, keep_only_valid_steps)
 

@@ -39,11 +39,11 @@ dropout = 0.1
 positional_embedding = "rope"
 qk_layer_norm = True
 cfg_dropout = 0.1
-history_dropout = 0.2          # what has sounded tells the instrument better than any caption: at times it may not
+history_dropout = 0.4          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 8
-updates_per_epoch = 400
+epochs = 17
+updates_per_epoch = 200
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"
 lr = 0.02
