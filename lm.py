@@ -579,7 +579,7 @@ def pick_dtype(name: str, device) -> str:
 
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself."""
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # torch before 2.10 cannot tell
 
 
 @functools.cache

@@ -119,7 +119,7 @@ def test_int8_is_made_of_every_format(tmp_path, file):
     """The same rows as rounding the loaded model would give."""
     if file == "transformers":
         from test_transformers import reference
-        reference("melody", tmp_path)
+        reference(tmp_path, "melody")
     else:
         make().save(tmp_path, compact=file == "compact")
     plain, lm = L.LMModel.from_pretrained(tmp_path, torch.float32), L.LMModel.from_pretrained(tmp_path, torch.int8)

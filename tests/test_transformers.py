@@ -55,7 +55,7 @@ def reference(directory, kind, heads=4, layers=2, text_dim=16, shard=None, dtype
         upsampling_ratios=[5, 4], num_lstm_layers=1, target_bandwidths=[400 * 5 * K / 1000], use_causal_conv=False,
         use_conv_shortcut=False, norm_type="weight_norm", pad_mode="reflect")
     sizes = dict(vocab_size=V, hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=3 * D,
-                 num_codebooks=K * channels, audio_channels=channels, pad_token_id=V, bos_token_id=V, max_position_embeddings=64)
+                 num_codebooks=K * channels, audio_channels=channels, pad_token_id=V, bos_token_id=V, max_position_embeddings=256)
     if "melody" in kind:
         config = transformers.MusicgenMelodyConfig(
             text_encoder=text.to_dict(), audio_encoder=codec.to_dict(), num_chroma=12, chroma_length=9,
