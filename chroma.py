@@ -68,8 +68,8 @@ class ChromaExtractor(nn.Module):
         wav = F.pad(wav, (missing // 2, missing - missing // 2))
         with torch.autocast(wav.device.type, enabled=False):  # half precision would confuse neighbouring notes
             spectrum = torch.stft(wav, self.window, self.hop, window=self.hann, return_complex=True)  # centred
-            power = spectrum.abs() ** 2 / (self.hann ** 2).sum()
-            chroma = (self.filterbank @ power).transpose(1, 2)
+            power = spectrum.abs() ** 2 / (self.hann ** 2).sum()                        # (B, window / 2 + 1, M)
+            chroma = (self.filterbank @ power).transpose(1, 2)                          # (B, M, Q)
         chroma = chroma / chroma.amax(-1, keepdim=True).clamp(min=1e-6)
         return F.one_hot(chroma.argmax(-1), chroma.shape[-1]).to(chroma) if self.argmax else chroma
 

@@ -323,7 +323,7 @@ def demo():
         cells = ["." if not m else "#" if f.abs().sum() > 0 else "0" for f, m in zip(frames, mask)]
         m = config.chroma_frames
         print(f"  {str(text):>10}  {''.join(cells[:m])} | {''.join(cells[m:])}")
-    meta = dict(description="A slow air.", key="d minor", bpm=72.0, moods=["calm", "sad"], instrument="flute")
+    meta = dict(description="A slow air for a flute, alone in a large hall.", key="d minor", bpm=72.0, moods=["calm", "sad"], instrument="flute")
     print("\nfive training captions of one track, augmented, words dropped:")
     rng = np.random.default_rng(0)
     for _ in range(5):

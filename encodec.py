@@ -176,10 +176,10 @@ class EncodecModel(nn.Module):
         quantise=False sends the latent straight to the decoder: codes are None, the commitment loss is 0.
         """
         self._check_wav(wav)
-        latent = self.encoder(wav)
+        latent = self.encoder(wav)                                      # (B, Z, T)
         codes, commit = None, latent.new_zeros(())
         if quantise:
-            latent, codes, commit = self.quantizer(latent, n_q)
+            latent, codes, commit = self.quantizer(latent, n_q)         # (B, Z, T), (B, K, T)
         return self.decoder(latent)[..., :wav.shape[-1]], codes, commit
 
     @torch.no_grad()
@@ -456,11 +456,11 @@ def demo(argv):
           f"{codec.frame_rate:g} a second")
     print(f"codes    {tuple(codes.shape)}  below {codec.cardinality}, {K * codec.bandwidth:.2f} kb/s; the first:")
     for k, row in enumerate(codes[0, :, :12].tolist()):
-        print(f"     k{k}  " + " ".join(f"{code:4d}" for code in row))
+        print(f"     k{k + 1}  " + " ".join(f"{code:4d}" for code in row))
     for k in range(1, K + 1):
         back = codec.decode(codes[:, :k])
         distance = float(mel_loss(codec.config, wav[None], back[..., :wav.shape[1]]))
-        print(f"samples  {tuple(back.shape)}  from {k} of {K} codebooks, mel distance {distance:.3f}")
+        print(f"samples  {tuple(back.shape)}  from {k} of {K} codebooks, mel distance {distance:.4f}  {'#' * min(60, round(4000 * distance))}")
 
 
 if __name__ == "__main__":

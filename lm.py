@@ -83,7 +83,7 @@ class Attention(nn.Module):
         if cache is not None:
             x = cache.attend(q, k, v, mask)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)                 # (B, H, S, E)
         return self.out(x.transpose(1, 2).reshape(B, S, D))
 
     def keys_values(self, condition):
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         B, S, D = x.shape
         q = self.qkv(x, slice(D)).view(B, S, self.heads, -1).transpose(1, 2)  # (B, H, S, E)
         mask = None if mask is None else mask[:, None, None]
-        x = F.scaled_dot_product_attention(self.q_norm(q), *keys_values, attn_mask=mask)
+        x = F.scaled_dot_product_attention(self.q_norm(q), *keys_values, attn_mask=mask)  # (B, H, S, E)
         return self.out(x.transpose(1, 2).reshape(B, S, D))
 
 
@@ -177,7 +177,7 @@ class LMModel(nn.Module):
         x = self.embed(sequence)                                                        # (B, S, D)
         start = cache.steps if cache is not None else 0
         if conditions.added is not None:
-            added = conditions.added
+            added = conditions.added                                                    # (B, S, D) or (B, 1, D)
             x = x + (added if added.shape[1] == 1 else added[:, start:start + S])
         prefix = conditions.prefix if start == 0 else None
         P = 0 if prefix is None else prefix.shape[1]
@@ -261,8 +261,8 @@ class LMModel(nn.Module):
         B, K, T = codes.shape
         steps = self.pattern.steps(T, keep_only_valid_steps=True)
         conditions = self.conditioner(texts or [None] * B, chroma, has_melody, steps)
-        logits, mask = self.compute_predictions(codes, conditions)
-        ce = codebook_cross_entropy(logits, codes, mask)
+        logits, mask = self.compute_predictions(codes, conditions)                      # (B, K, T, V), (K, T)
+        ce = codebook_cross_entropy(logits, codes, mask)                                # (K,)
         return ce.mean(), ce.detach()
 
     # --- saving and loading: formats of others are in checkpoints/formats.py -----------------------------------------

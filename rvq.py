@@ -41,10 +41,10 @@ class ResidualVectorQuantizer(nn.Module):
         """
         B, Z, T = x.shape
         x = x.float()  # whatever the precision around it: half would pick wrong neighbours
-        residual = x.transpose(1, 2).reshape(B * T, Z)
+        residual = x.transpose(1, 2).reshape(B * T, Z)                                  # r_1: a row a frame
         joint, mine = residual.detach(), slice(None)
         if self.training:
-            joint, mine = _of_all_processes(joint)
+            joint, mine = _of_all_processes(joint)                                      # (B T processes, Z)
             joint = joint.nan_to_num(0.0, 0.0, 0.0)  # a NaN would stay in the averages for good
             # Passes so far seed all draws: every process draws alike, and a resumed run as if never stopped.
             passes = [int(n) for n in torch.cat([c.inited for c in self.codebooks]).tolist()]
@@ -54,14 +54,14 @@ class ResidualVectorQuantizer(nn.Module):
         for k, codebook in enumerate(self._active(n_q)):
             if self.training and passes[k] == 0:
                 codebook.start(joint, _generator(k, 0))
-            codes = nearest(joint, codebook.embed)
-            entries = codebook.embed.float()[codes]
+            codes = nearest(joint, codebook.embed)                                      # c_k (n,)
+            entries = codebook.embed.float()[codes]                                     # E_k[c_k] (n, Z)
             if self.training:
                 codebook.learn(joint, codes, _generator(k, passes[k] + 1))
             losses.append(F.mse_loss(residual, entries[mine]))
-            joint, residual = joint - entries, residual - entries[mine]
+            joint, residual = joint - entries, residual - entries[mine]                 # r_(k+1)
             all_codes.append(codes[mine].view(B, T))
-        quantized = x - residual.view(B, T, Z).transpose(1, 2)
+        quantized = x - residual.view(B, T, Z).transpose(1, 2)                          # sum of the entries (B, Z, T)
         # Straight through once, around the whole stack: the gradient with respect to x is the identity.
         return x + (quantized - x).detach(), torch.stack(all_codes, 1), torch.stack(losses).mean()
 
@@ -71,9 +71,9 @@ class ResidualVectorQuantizer(nn.Module):
         B, Z, T = x.shape
         residual, codes = x.float().transpose(1, 2).reshape(B * T, Z), []
         for codebook in self._active(n_q):
-            codes.append(nearest(residual, codebook.embed))
+            codes.append(nearest(residual, codebook.embed))                             # (B T,)
             residual = residual - codebook.embed[codes[-1]]
-        return torch.stack(codes).view(-1, B, T).transpose(0, 1)
+        return torch.stack(codes).view(-1, B, T).transpose(0, 1)                        # (K, B T) -> (B, K, T)
 
     def decode(self, codes):
         """codes (B, K, T), K at most n_q -> sum of their entries (B, Z, T)."""
@@ -195,3 +195,5 @@ if __name__ == "__main__":
     for k in range(1, 7):
         error = float((vectors - rvq.decode(codes[:, :k])).square().mean() / vectors.square().mean())
         print(f"{k} codebook{'s' * (k > 1):1}  error {100 * error:5.1f} %  {'#' * round(60 * error)}")
+    print("Each halves it: 8 bits for 16 numbers are R = 1/2 bit each, and 2 ** (-2 R) = 1/2 is the bound for Gaussian numbers.\n"
+          "(The entries were fitted to these very vectors, which is worth a percent.)")

@@ -5,6 +5,9 @@
     ... --resume        continue, exactly as if never interrupted      --plan     sizes, without training
     ... --eval          measure the trained model (--split=test)
 
+    get_batch --> conditions --> pattern --> transformer --> cross-entropy --> gradients --> optimizer --> EMA
+        1           2, 3            4            5              6                           7
+
 The loop is `train`; it reads straight down, its steps numbered as in README ("the life of a batch"). Before it stand
 the optimizers and the two things that are trained; what comes after it (logging, several processes, checkpoints,
 fine-tuning, --plan) can wait. Everything random about item i of update u comes from a generator seeded (seed, u, i),
