@@ -3,6 +3,7 @@
     python -m pytest tests/test_train.py
 """
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
+from torch.amp import GradScaler
 
 import train as training
 from config import Config, UserError
@@ -34,7 +36,7 @@ SHAPE = dict(sample_rate=1600, ratios=[4, 2], n_q=2, card=16, segment_duration=0
              seed=3)
 CODEC = dict(SHAPE, task="codec", n_filters=4, dimension=4, lstm=1, kmeans_iters=3, batch_size=4, optim="adamw",
              lr=1e-3, max_norm=1.0, warmup=0, ema_every=1, adv=0.0, feat=0.0, mel_range=[4, 6], n_mels=4, epochs=1,
-             updates_per_epoch=12, valid_every=5, valid_batches=1, save_every=4, log_every=1, sample_every=0)
+             updates_per_epoch=20, valid_every=7, valid_batches=1, save_every=4, log_every=1, sample_every=0)
 LM = dict(SHAPE, task="lm", dim=16, num_heads=2, num_layers=2, delays=[0, 1], t5="bytes", t5_dim=8, t5_layers=1,
           t5_heads=2, stem="none", batch_size=4, epochs=1, updates_per_epoch=20, warmup=2, lr_min_ratio=0.5,
           ema_every=2, valid_every=7, valid_batches=1, save_every=5, log_every=1, sample_every=0,
@@ -110,6 +112,14 @@ def assert_same_run(a, b, tolerance: float):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
+def assert_identical(a, b):
+    ours, theirs = state(a), state(b)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
+    assert losses(a) == losses(b)
+
+
 # --- one run, told in several ways --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -136,14 +146,19 @@ def test_lm_trains_and_writes_all_that_a_model_needs(lm_run, data):
 
 ONE_PROCESS = {"accumulated": dict(grad_accum=2), "checkpointed": dict(checkpointing=True)}
 TWO_PROCESSES = {"ddp": {}, "ddp, accumulated": dict(grad_accum=2), "fsdp": dict(sharding="fsdp", sample_every=20),
-                 "fsdp, stopped and resumed": dict(sharding="fsdp", stop=8),
                  "fsdp, checkpointed": dict(sharding="fsdp", checkpointing=True, grad_accum=2)}
+# a scale with which the first updates overflow: they are to be skipped by all processes, or none
+OVERFLOWING = dict(dtype="float16", init_scale=2.0 ** 28)
+IN_HALF = {"ddp, float16": OVERFLOWING, "fsdp, float16": dict(OVERFLOWING, sharding="fsdp"),
+           "ddp, bfloat16": dict(dtype="bfloat16"), "fsdp, bfloat16": dict(dtype="bfloat16", sharding="fsdp")}
+RESUMED = {name: dict(({**TWO_PROCESSES, **IN_HALF})[name], stop=8) for name in ("ddp", "fsdp", "ddp, float16", "fsdp, float16")}
 
 
 @pytest.fixture(scope="module")
 def two_processes(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
-    runs = [settings(data, root / name, "lm", **changes) for name, changes in TWO_PROCESSES.items()]
+    runs = [settings(data, root / name, "lm", **changes) for name, changes in (TWO_PROCESSES | IN_HALF).items()]
+    runs += [settings(data, root / f"{name}, resumed", "lm", **changes) for name, changes in RESUMED.items()]
     runs.append(settings(data, root / "codec", "codec", **CODEC_RUN))
     run_on_two_processes(runs)
     return root
@@ -152,6 +167,16 @@ def two_processes(data, tmp_path_factory):
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_lm_run_on_two_processes_equals_one(lm_run, two_processes, name):
     assert_same_run(lm_run, two_processes / name, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sharded_run_equals_ddp_in_half_precision(two_processes, dtype):
+    assert_same_run(two_processes / f"ddp, {dtype}", two_processes / f"fsdp, {dtype}", 1e-5)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_two_processes_stopped_and_resumed_are_bit_identical(two_processes, name):
+    assert_identical(two_processes / name, two_processes / f"{name}, resumed")
 
 
 @pytest.mark.parametrize("name", ONE_PROCESS)
@@ -164,8 +189,11 @@ def test_lm_run_is_the_same_when(lm_run, data, tmp_path, name):
 def test_lm_run_is_the_same_compiled(lm_run, data, tmp_path):
     if not any(shutil.which(name) for name in ("g++", "clang++")):
         pytest.skip("torch.compile on the CPU needs a C++ compiler")
-    training.train(Config(**settings(data, tmp_path / "out", "lm", compile=True)))
-    assert_same_run(lm_run, tmp_path / "out", 1e-5)
+    two = {"ddp": {}, "fsdp": dict(sharding="fsdp"), "fsdp, checkpointed": dict(sharding="fsdp", checkpointing=True)}
+    training.train(Config(**settings(data, tmp_path / "one", "lm", compile=True, checkpointing=True)))
+    run_on_two_processes([settings(data, tmp_path / name, "lm", compile=True, **changes) for name, changes in two.items()])
+    for name in ("one", *two):
+        assert_same_run(lm_run, tmp_path / name, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -186,14 +214,14 @@ def test_optimizers_by_name_all_learn(data, tmp_path):
 
 # --- the codec ----------------------------------------------------------------------------------------------------
 
-# everything at once: k-means start after 3 updates, discriminator, balancer, decoder alone from update 9 on
-CODEC_RUN = dict(adv=1.0, feat=1.0, disc_filters=2, disc_windows=[64, 32], unquantised_steps=3, decoder_only_steps=3)
+# everything at once: k-means start after 3 updates, discriminator, balancer, decoder alone from update 14 on
+CODEC_RUN = dict(adv=1.0, feat=1.0, disc_filters=2, disc_windows=[64, 32], unquantised_steps=3, decoder_only_steps=6)
 
 
 @pytest.fixture(scope="module")
 def codec_run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("codec") / "out"
-    training.train(Config(**settings(data, out, "codec", sample_every=12, **CODEC_RUN)))
+    training.train(Config(**settings(data, out, "codec", sample_every=20, **CODEC_RUN)))
     return out
 
 
@@ -204,7 +232,7 @@ def test_codec_trains_and_writes_a_codec(codec_run, data):
     assert {"loss", "l1", "msspec", "adv", "feat", "disc"} <= first.keys() and first["commit"] == 0 < last["commit"]
     valid = lines(codec_run, "valid")[-1]
     assert len(valid["entropy"]) == len(valid["live"]) == 2 and abs(valid["kbps"] - 2 * 4 * 0.2) < 1e-6
-    assert {p.name for p in (codec_run / "samples").iterdir()} == {"0_original.wav", "0_update0000012.wav"}
+    assert {p.name for p in (codec_run / "samples").iterdir()} == {"0_original.wav", "0_update0000020.wav"}
 
 
 def test_codec_run_on_two_processes_equals_one(codec_run, two_processes):
@@ -213,12 +241,12 @@ def test_codec_run_on_two_processes_equals_one(codec_run, two_processes):
 
 def test_the_last_part_trains_the_decoder_alone(data, tmp_path):
     config = Config(**settings(data, tmp_path / "out", "codec", **CODEC_RUN))
-    stop_at(config, 9)
+    stop_at(config, 14)
     averages = state(config.out_dir)
     training.train(config, resume=True)
     moved = {name.split(".")[1] for name, tensor in state(config.out_dir).items()
              if name.startswith("model.") and not torch.equal(tensor, averages["ema." + name[6:]])}
-    assert moved == {"decoder"}, "from update 9 on, encoder and codebooks stay what their averages were"
+    assert moved == {"decoder"}, "from update 14 on, encoder and codebooks stay what their averages were"
 
 
 # --- interrupted runs ---------------------------------------------------------------------------------------------
@@ -267,10 +295,7 @@ def kill_often(config, reference, kills: int):
     for _ in range(kills):
         killed += in_a_fork(config, rng.uniform(0.0, 0.04)) == -signal.SIGKILL
     assert in_a_fork(config) == 0 and killed > kills / 3
-    ours, theirs = state(config.out_dir), state(reference)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert all(torch.equal(a, b) for a, b in zip(weights(config.out_dir).values(), weights(reference).values()))
-    assert losses(config.out_dir) == losses(reference)
+    assert_identical(config.out_dir, reference)
     assert not list(Path(config.out_dir).glob(".writing-*"))
 
 
@@ -279,7 +304,7 @@ def test_lm_run_killed_and_resumed_is_bit_identical(lm_run, data, tmp_path):
 
 
 def test_codec_run_killed_and_resumed_is_bit_identical(codec_run, data, tmp_path):
-    config = Config(**settings(data, tmp_path / "out", "codec", sample_every=12, save_every=1, **CODEC_RUN))
+    config = Config(**settings(data, tmp_path / "out", "codec", sample_every=20, save_every=1, **CODEC_RUN))
     kill_often(config, codec_run, 5)
 
 
@@ -290,11 +315,11 @@ def test_a_run_killed_before_its_last_weights_were_written_is_completed(codec_ru
     metrics = tmp_path / "out" / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(True)[:-1]))  # the samples come last
     (tmp_path / "out" / "model.safetensors").unlink()
-    config = Config(**settings(data, tmp_path / "out", "codec", sample_every=12, **CODEC_RUN))
+    config = Config(**settings(data, tmp_path / "out", "codec", sample_every=20, **CODEC_RUN))
     training.train(config, resume=True)
     assert all(torch.equal(t, weights(codec_run)[name]) for name, t in weights(config.out_dir).items())
     assert lines(config.out_dir, "samples") == lines(codec_run, "samples") != []
-    assert (tmp_path / "out" / "samples" / "0_update0000012.wav").exists()
+    assert (tmp_path / "out" / "samples" / "0_update0000020.wav").exists()
 
 
 def test_ctrl_c_writes_a_checkpoint_and_ends(data, tmp_path):
@@ -446,6 +471,7 @@ def test_frechet_distance_of_known_gaussians():
 if __name__ == "__main__":
     for values in json.loads(sys.argv[1]):
         stop = values.pop("stop", None)
+        torch.amp.GradScaler = functools.partial(GradScaler, init_scale=values.pop("init_scale", 2.0 ** 16))
         if stop:
             stop_at(Config(**values), stop)
         training.train(Config(**values), resume=bool(stop))
