@@ -119,7 +119,7 @@ class Config:
     eps: float = 1e-8
     weight_decay: float = 0.1           # decoupled
     max_norm: float = 1.0               # gradient norm is clipped to this; 0 is off
-    ema_decay: float = 0.99             # unbiased EMA of the weights
+    ema_decay: float = 0.99             # unbiased EMA of the weights; 0: none
     ema_every: int = 10                 # updates between two of its steps
     warmup: int = 4000                  # updates
     lr_min_ratio: float = 0.0           # of the cosine schedule

@@ -221,6 +221,7 @@ class EMA:
     """Exponential moving average, in float32, of all float weights and buffers of a module.
 
     unbiased: the normalised weighted mean of the values seen, so the first update forgets the random start.
+    decay 0: the values themselves, without a copy.
 
         count <- decay count + 1,  w = 1 / count  (plain: w = 1 - decay),  average <- (1 - w) average + w value
     """
@@ -228,7 +229,7 @@ class EMA:
     def __init__(self, module, decay=0.99, unbiased=True):
         self.module, self.decay, self.unbiased, self.count = module, decay, unbiased, 0.0
         frozen = {name for name, p in module.named_parameters() if not p.requires_grad}  # they are their own average
-        self.average = {name: value.float().clone() for name, value in module.state_dict().items()
+        self.average = {name: value.float().clone() if decay else value for name, value in module.state_dict().items()
                         if value.is_floating_point() and name not in frozen}
 
     def values(self):
@@ -491,7 +492,8 @@ def train(config: Config, resume: bool = False, interrupted=()):
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = full(nn.utils.clip_grad_norm_(task.module.parameters(), config.max_norm or math.inf))
-        stop = check(update, watched, norm, scaler, micro_batches, task.module, out, interrupted)
+        norm_of_extra = nn.utils.clip_grad_norm_(list(task.extra.parameters()), math.inf)  # of a discriminator: not clipped
+        stop = check(update, watched, norm + norm_of_extra, scaler, micro_batches, task, out, interrupted)
         factor = cosine_lr(update, total, config.warmup, config.lr_min_ratio, config.cycle_length)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -572,7 +574,7 @@ def every(update: int, period: int) -> bool:
     return period > 0 and update % period == 0
 
 
-def check(update, watched, norm, scaler, micro_batches, module, out, interrupted) -> bool:
+def check(update, watched, norm, scaler, micro_batches, task, out, interrupted) -> bool:
     """Whether the run was asked to stop, by any process. Raises UserError when a loss or gradient is not finite.
 
     With a gradient scaler infinite gradients are routine (it skips the update and scales less), until its scale
@@ -584,7 +586,7 @@ def check(update, watched, norm, scaler, micro_batches, module, out, interrupted
     if not bad_loss and not (bad_norm and scaler.get_scale() <= 1):
         return stop
     where = [place for batch in micro_batches for place in batch["where"]]
-    bad = [name for name, p in module.named_parameters() if p.grad is not None and not full(p.grad).isfinite().all()]
+    bad = [name for name, p in named_weights(task).items() if p.grad is not None and not full(p.grad).isfinite().all()]
     path = out / "diagnosis" / f"update{update:07d}_process{rank()}.safetensors"
     told = {"update": update, "where": where, "text": [b.get("text") for b in micro_batches], "not_finite": bad}
     write_tensors(path, {f"{n}.{key}": value for n, batch in enumerate(micro_batches) for key, value in batch.items()
@@ -808,6 +810,7 @@ def adopt(config: Config) -> Config:
             raise UserError(f"init_from = {config.init_from!r}: holds a codec, no language model; name another one")
         if (directory / "codec").is_dir():
             theirs = dataclasses.replace(theirs, codec=str(directory / "codec"))
+    theirs.chroma_length = theirs.chroma_frames  # melodies stay as long as it knows them, whatever segment_duration is
     return dataclasses.replace(config, **{key: getattr(theirs, key) for key in ARCHITECTURE})
 
 
@@ -856,7 +859,7 @@ def plan(config: Config, processes: int = 1, device_bytes: float | None = None) 
     shards = processes if config.sharding == "fsdp" else 1
     items = config.batch_size // (processes * config.grad_accum)
     figures = {"weights": 4 * params / shards, "gradients": 4 * trained / shards,
-               "optimizer": 4 * states * trained / shards, "ema": 4 * trained / shards,
+               "optimizer": 4 * states * trained / shards, "ema": 4 * trained / shards * (config.ema_decay > 0),
                "activations": items * activation_bytes(config)}
     memory, tokens = sum(figures.values()), config.batch_size * config.n_q * config.segment_frames
     text = config.task == "lm" and module.conditioner.text

@@ -348,6 +348,47 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_resumes(
     assert len(losses(config.out_dir)) > 5
 
 
+TINY = {"tiny_codec": dict(unquantised_steps=4, decoder_only_steps=5),
+        "tiny": dict(codec=str(ROOT / "checkpoints" / "tiny" / "codec"))}
+
+
+@pytest.mark.slow  # five minutes each
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_model_on_two_processes_killed_ten_times_loses_nothing(name, tmp_path):
+    """The shipped configurations on real music: all processes killed at once, or one of them and torchrun does the rest."""
+    python = lambda *argv: subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=ENV, check=True)
+    python("data/tunes.py", "--clips", 1, 1, 0, "--out", tmp_path / "tunes")
+    data_dir = tmp_path / "tunes"
+    if name == "tiny":
+        data_dir = tmp_path / "prepared"
+        for split in ("train", "valid"):
+            python("data/prepare.py", tmp_path / "tunes" / split, "--out", data_dir / split, "--config", "config/tiny.py",
+                   "--codec", TINY[name]["codec"])
+
+    def begin(out):
+        values = dict(TINY[name], data_dir=data_dir, out_dir=out, epochs=1, updates_per_epoch=16, warmup=2, save_every=3,
+                      valid_every=5, valid_batches=1, log_every=1)
+        command = [*TORCHRUN, "train.py", f"config/{name}.py", *(f"--{key}={value}" for key, value in values.items()), "--resume"]
+        return subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert begin(tmp_path / "whole").wait(timeout=600) == 0
+    metrics, rng, killed = tmp_path / "killed" / "metrics.jsonl", np.random.default_rng(1), 0
+    written = lambda: metrics.stat().st_mtime_ns if metrics.exists() else 0
+    for n in range(10):
+        before, parent = written(), begin(tmp_path / "killed")
+        while written() == before and parent.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 5))
+        children = [int(child) for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+        for process in [parent.pid, *children] if n % 2 else children[rng.integers(len(children)):][:1]:
+            os.kill(process, signal.SIGKILL)
+        killed += parent.wait(timeout=120) != 0
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            time.sleep(0.01)
+    assert begin(tmp_path / "killed").wait(timeout=600) == 0 and killed > 4
+    assert_identical(tmp_path / "killed", tmp_path / "whole")
+
+
 def test_a_finished_run_is_not_overwritten(lm_run, data):
     before = weights(lm_run)
     with pytest.raises(UserError, match="--resume"):
