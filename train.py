@@ -491,9 +491,11 @@ def train(config: Config, resume: bool = False, interrupted=()):
             watched = watched + sum(logged.values())
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = full(nn.utils.clip_grad_norm_(task.module.parameters(), config.max_norm or math.inf))
-        norm_of_extra = nn.utils.clip_grad_norm_(list(task.extra.parameters()), math.inf)  # of a discriminator: not clipped
-        stop = check(update, watched, norm + norm_of_extra, scaler, micro_batches, task, out, interrupted)
+        norm, norm_of_extra = (nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+                               for module in (task.module, task.extra))
+        stop = check(update, watched, full(norm) + norm_of_extra, scaler, micro_batches, task, out, interrupted)
+        if config.max_norm:
+            nn.utils.clip_grads_with_norm_(task.module.parameters(), config.max_norm, norm)
         factor = cosine_lr(update, total, config.warmup, config.lr_min_ratio, config.cycle_length)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -505,7 +507,7 @@ def train(config: Config, resume: bool = False, interrupted=()):
         if done % config.ema_every == 0:
             ema.update()
 
-        log.add({"grad_norm": norm})
+        log.add({"grad_norm": full(norm)})
         last, held_out = stop or done == total, len(task.valid_data) > 0
         if done % config.log_every == 0 or last:
             log.train_line(done, optimizers[0].param_groups[0], batches)

@@ -103,6 +103,16 @@ def test_ema_swaps_in_and_out_even_when_the_block_fails():
     assert torch.equal(module.weight, before)
 
 
+def test_ema_without_decay_is_the_module_itself():
+    module = nn.Linear(2, 2)
+    ema = EMA(module, decay=0.0)
+    module.weight.data.fill_(3.0)
+    ema.update()
+    with ema.swap():
+        assert (module.weight == 3).all()
+    assert (module.weight == 3).all() and ema.average["weight"].data_ptr() == module.weight.data_ptr(), "no memory of its own"
+
+
 @pytest.mark.parametrize("variant", ["a", "b"])
 def test_cosine_equals_golden(variant):
     z = np.load(GOLDEN / "cosine.npz")

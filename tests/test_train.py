@@ -417,6 +417,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(data,
     assert load_file(report)["0.codes"].shape == (4, 2, 32)
 
 
+@pytest.mark.parametrize("task, function, weight", [("lm", "loss", "heads"), ("codec", "discriminator_loss", "discriminator")])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(data, tmp_path, monkeypatch, task, function, weight):
+    """The loss itself is finite: a square root at 0 is added to it, from the seventh call on."""
+    owner = LMModel if task == "lm" else training
+    loss, calls = getattr(owner, function), []
+
+    def poisoned(*args):
+        result = loss(*args)
+        calls.append(args)
+        if len(calls) < 7:
+            return result
+        if task == "lm":
+            return result[0] + (0 * args[0].heads.weight).sum().sqrt(), result[1]
+        return result + (0 * args[0][0][0]).sum().sqrt()  # logits of the first judge
+    monkeypatch.setattr(owner, function, poisoned)
+    config = Config(**settings(data, tmp_path / "out", task, save_every=1, valid_every=0, **(CODEC_RUN if task == "codec" else {})))
+    with pytest.raises(UserError, match=r"update 6: the gradient is not finite.*\.wav at"):
+        training.train(config)
+    assert all(t.isfinite().all() for t in state(config.out_dir).values())
+    report, = (tmp_path / "out" / "diagnosis").iterdir()
+    with training.safe_open(report, "pt") as file:
+        told = json.loads(file.metadata()["info"])
+    assert told["update"] == 6 and told["not_finite"] and all(weight in name for name in told["not_finite"])
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -481,6 +506,12 @@ def test_lora_trains_adapters_alone_and_merges_on_export(lm_run, data, tmp_path)
     torch.testing.assert_close(exported[f"{name}.weight"], start[f"{name}.weight"] + 8.0 * up @ down)
     assert up.abs().max() > 0 and losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
     LMModel.from_pretrained(tmp_path / "out")
+
+
+def test_a_tuned_model_keeps_the_length_of_melodies_that_it_knows(lm_run, data, tmp_path):
+    config = Config(**settings(data, tmp_path / "out", "lm", init_from=str(lm_run), segment_duration=0.08))
+    assert Config.from_json(lm_run / "config.json").chroma_frames == 17
+    assert config.chroma_frames == 9 and training.adopt(config).chroma_frames == 17
 
 
 def test_the_plan_of_the_melody_model_agrees_with_a_hand_calculation(capsys):
