@@ -13,6 +13,7 @@ import chroma as chroma_module
 from chroma import (ChromaExtractor, chroma_agreement, chroma_filterbank, chroma_similarity, hpss, match_length,
                     pick_stem, separate)
 from config import UserError
+from deviations import near, same
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / "tests/golden/chroma.npz")
@@ -31,18 +32,18 @@ def extractor(case, argmax):
 def test_equals_the_original(case):
     wav, short = golden(f"{case}.wav"), int(GOLDEN[f"{case}.short_len"])
     soft, hard = extractor(case, False), extractor(case, True)
-    torch.testing.assert_close(soft(wav), golden(f"{case}.chroma"), rtol=1e-5, atol=2e-6)
-    assert torch.equal(hard(wav), golden(f"{case}.chroma_argmax"))
-    torch.testing.assert_close(soft(wav[..., :short]), golden(f"{case}.short_chroma"), rtol=1e-5, atol=2e-6)
+    near("chroma", "original", soft(wav), golden(f"{case}.chroma"), 1e-5)
+    same("chroma, argmax", "original", hard(wav), golden(f"{case}.chroma_argmax"))
+    near("chroma", "original", soft(wav[..., :short]), golden(f"{case}.short_chroma"), 1e-5)
     silence = torch.zeros(1, 1, 1)
     assert torch.equal(soft(silence), golden(f"{case}.null_chroma"))
     assert torch.equal(hard(silence), golden(f"{case}.null_chroma_argmax"))
 
 
 def test_filterbank_equals_the_original():
-    np.testing.assert_allclose(chroma_filterbank(16000, 4096), GOLDEN["c16.fbank"], atol=1e-6, rtol=0)
-    np.testing.assert_allclose(chroma_filterbank(32000, 16384)[:, GOLDEN["c32.fbank_cols"]], GOLDEN["c32.fbank_sub"],
-                               atol=1e-6, rtol=0)
+    near("chroma, filter bank", "original", chroma_filterbank(16000, 4096), GOLDEN["c16.fbank"], 1e-6)
+    some = chroma_filterbank(32000, 16384)[:, GOLDEN["c32.fbank_cols"]]
+    near("chroma, filter bank", "original", some, GOLDEN["c32.fbank_sub"], 1e-6)
 
 
 @pytest.mark.parametrize("L", [1, 2, 1023, 1024, 1025, 2047, 4096, 5000])

@@ -13,6 +13,7 @@ import lm as L
 from checkpoints import formats
 from conditioners import Conditions
 from config import Config, UserError, load
+from deviations import near, same
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = Config(dim=32, num_heads=4, num_layers=2, n_q=4, card=16, t5="bytes", t5_dim=16, t5_heads=2, sample_rate=8000,
@@ -34,10 +35,6 @@ def golden_model(z, prefix, text):
     return lm.eval()
 
 
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
 # --- golden numbers ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
@@ -53,18 +50,18 @@ def test_logits_and_losses_are_the_originals(variant):
     else:
         fused = golden_fuse(z["c.cond.self_wav"], z["c.cond.description"])
         conditions = fused
-    assert relative(lm(z["sequence"], conditions), z[f"{variant}.logits"]) < 2e-5
+    near("language model, logits", "original", lm(z["sequence"], conditions), z[f"{variant}.logits"], 2e-5)
     for keep in (0, 1):
         logits, mask = lm.compute_predictions(z["codes"], conditions, bool(keep))
-        assert torch.equal(mask.expand(2, -1, -1).long(), z[f"{variant}.keep{keep}.mask"])
-        valid = torch.where(mask[None, ..., None], logits, 0.0)
-        assert relative(valid, torch.where(mask[None, ..., None], z[f"{variant}.keep{keep}.logits"], 0.0)) < 2e-5
+        same("language model, mask", "original", mask.expand(2, -1, -1).long(), z[f"{variant}.keep{keep}.mask"])
+        valid, expected = (torch.where(mask[None, ..., None], x, 0.0) for x in (logits, z[f"{variant}.keep{keep}.logits"]))
+        near("language model, logits", "original", valid, expected, 2e-5)
         ce = L.codebook_cross_entropy(logits, z["codes"], mask)
-        torch.testing.assert_close(ce, z[f"{variant}.keep{keep}.ce_per_codebook"], rtol=1e-5, atol=0)
-        torch.testing.assert_close(ce.mean(), z[f"{variant}.keep{keep}.ce"].squeeze(), rtol=1e-5, atol=0)
+        near("language model, cross-entropy", "original", ce, z[f"{variant}.keep{keep}.ce_per_codebook"], 1e-5)
+        near("language model, cross-entropy", "original", ce.mean(), z[f"{variant}.keep{keep}.ce"].squeeze(), 1e-5)
         if keep:
             padded = L.codebook_cross_entropy(logits, z["codes"], mask & z["padding_mask"].bool())
-            torch.testing.assert_close(padded, z[f"{variant}.keep1.ce_padded_per_codebook"], rtol=1e-5, atol=0)
+            near("language model, cross-entropy", "original", padded, z[f"{variant}.keep1.ce_padded_per_codebook"], 1e-5)
 
 
 def golden_fuse(melody, text):
@@ -85,10 +82,11 @@ def test_greedy_tokens_are_the_originals(two_step):
         return [Conditions(prefix=conditional), Conditions(prefix=null)] if two_step else [
             Conditions(prefix=torch.cat([conditional, null]))]
     one = passes(z["cond"], z["null"])
-    assert torch.equal(L.generate(lm, one, 20, [0, 1], **settings), z["codes"])
-    assert torch.equal(L.generate(lm, one, 20, [0, 1], prompt=z["prompt"], **settings), z["codes_prompt"])
+    tokens = "language model, greedy tokens"
+    same(tokens, "original", L.generate(lm, one, 20, [0, 1], **settings), z["codes"])
+    same(tokens, "original", L.generate(lm, one, 20, [0, 1], prompt=z["prompt"], **settings), z["codes_prompt"])
     two = passes(torch.cat([z["cond"], z["two.cond2"]], 1), torch.cat([z["null"], z["two.null2"]]))
-    assert torch.equal(L.generate(lm, two, 20, [0, 1], **settings), z["two.codes"])
+    same(tokens, "original", L.generate(lm, two, 20, [0, 1], **settings), z["two.codes"])
 
 
 # --- our own invariants ---------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 
 import patterns
 from config import Config, UserError
+from deviations import same
 from patterns import (CoarseFirstPattern, DelayPattern, MusicLMPattern, ParallelPattern, UnrollPattern, from_config)
 
 ROOT = Path(__file__).parent.parent
@@ -41,17 +42,17 @@ def test_equals_the_original(name, keep):
     T, prefix = codes.shape[2], f"{name}.keep{int(keep)}"
 
     sequence, mask = pattern.build(codes, special, keep)
-    assert torch.equal(sequence, golden(f"{prefix}.seq"))
-    assert torch.equal(mask, golden(f"{prefix}.mask").bool())
+    same("patterns", "original", sequence, golden(f"{prefix}.seq"))
+    same("patterns", "original", mask, golden(f"{prefix}.mask").bool())
 
     reverted, mask = pattern.revert(sequence, T, -1, keep)
-    assert torch.equal(reverted, golden(f"{prefix}.rev_codes"))
-    assert torch.equal(mask, golden(f"{prefix}.rev_mask").bool())
+    same("patterns", "original", reverted, golden(f"{prefix}.rev_codes"))
+    same("patterns", "original", mask, golden(f"{prefix}.rev_mask").bool())
 
     logits = golden(f"{prefix}.logits").permute(0, 2, 3, 1)  # the original keeps V second
     realigned, mask = pattern.revert_logits(logits, T, keep, fill=-100.)
-    assert torch.equal(realigned.permute(0, 3, 1, 2), golden(f"{prefix}.rev_logits"))
-    assert torch.equal(mask, golden(f"{prefix}.rev_logits_mask").bool())
+    same("patterns", "original", realigned.permute(0, 3, 1, 2), golden(f"{prefix}.rev_logits"))
+    same("patterns", "original", mask, golden(f"{prefix}.rev_logits_mask").bool())
     assert torch.equal(pattern.revert_logits(logits, T, keep)[0].isnan().all(-1)[0], ~mask)
 
 
@@ -60,8 +61,8 @@ def test_prompt_and_first_step_equal_the_original(name):
     pattern, codes, special = PATTERNS[name], golden("codes"), int(GOLDEN["special_token"])
     T, short = codes.shape[2], int(GOLDEN["short_T"])
     sequence, mask = pattern.build(codes[:, :, :short], special, T=T)
-    assert torch.equal(sequence, golden(f"{name}.short_seq"))
-    assert torch.equal(mask, golden(f"{name}.short_mask").bool())
+    same("patterns", "original", sequence, golden(f"{name}.short_seq"))
+    same("patterns", "original", mask, golden(f"{name}.short_mask").bool())
     assert len(pattern.layout(T)) == pattern.steps(T) == int(GOLDEN[f"{name}.S"])
     assert pattern.steps(T, keep_only_valid_steps=True) == GOLDEN[f"{name}.keep1.seq"].shape[2]
     assert [pattern.first_step(T, t) for t in range(T)] == GOLDEN[f"{name}.first_step"].tolist()

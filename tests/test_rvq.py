@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import rvq  # noqa: E402
 from config import UserError  # noqa: E402
+from deviations import near, same  # noqa: E402
 from rvq import ResidualVectorQuantizer  # noqa: E402
 
 BUFFERS = ("embed", "embed_avg", "cluster_size")
@@ -23,11 +24,6 @@ BUFFERS = ("embed", "embed_avg", "cluster_size")
 
 def golden(name):
     return {key: torch.from_numpy(value) for key, value in np.load(ROOT / "tests/golden" / name).items()}
-
-
-def worst(a, b):
-    """Largest deviation, relative to the largest value of the array."""
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # --- the original's numbers --------------------------------------------------------------------------------
@@ -43,20 +39,22 @@ def test_training_passes_agree_with_the_original(start):
         x = g[f"{start}.x"][i].requires_grad_()
         quantized, codes, penalty = quantizer(x)
         (penalty + (quantized * g[f"{start}.w"]).mean()).backward()
-        assert torch.equal(codes, g[f"{start}.codes"][i])
-        assert worst(quantized.detach(), g[f"{start}.quantized"][i]) < 1e-5
-        assert worst(penalty.detach(), g[f"{start}.penalty"][i]) < 1e-5
-        assert worst(x.grad, g[f"{start}.grad_x"][i]) < 1e-5
+        same("quantizer, codes", "original", codes, g[f"{start}.codes"][i])
+        near("quantizer, output", "original", quantized, g[f"{start}.quantized"][i], 1e-5)
+        near("quantizer, commitment loss", "original", penalty, g[f"{start}.penalty"][i], 1e-5)
+        near("quantizer, gradient", "original", x.grad, g[f"{start}.grad_x"][i], 1e-5)
         for k, codebook in enumerate(quantizer.codebooks):
             for name in BUFFERS:
-                torch.testing.assert_close(getattr(codebook, name), g[f"{start}.{name}"][i][k], rtol=1e-4, atol=0)
+                ours, theirs = getattr(codebook, name), g[f"{start}.{name}"][i][k]
+                near("quantizer, entries and statistics", "original", ours, theirs, 1e-4)
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)     # each relative to itself
     quantizer.eval()
     codes = quantizer.encode(g[f"{start}.eval.x"])
-    assert torch.equal(codes, g[f"{start}.eval.codes"])
-    assert worst(quantizer.decode(codes), g[f"{start}.eval.decoded"]) < 1e-5
+    same("quantizer, codes", "original", codes, g[f"{start}.eval.codes"])
+    near("quantizer, output", "original", quantizer.decode(codes), g[f"{start}.eval.decoded"], 1e-5)
     two = quantizer.encode(g[f"{start}.eval.x"], n_q=2)
-    assert torch.equal(two, g[f"{start}.eval.codes_2q"])
-    assert worst(quantizer.decode(two), g[f"{start}.eval.decoded_2q"]) < 1e-5
+    same("quantizer, codes", "original", two, g[f"{start}.eval.codes_2q"])
+    near("quantizer, output", "original", quantizer.decode(two), g[f"{start}.eval.decoded_2q"], 1e-5)
 
 
 def test_evaluation_changes_nothing_and_agrees_with_encode():

@@ -24,6 +24,7 @@ import lm as L
 from checkpoints import formats
 from conditioners import T5Conditioner, load_t5
 from config import UserError
+from deviations import near, same
 from encodec import EncodecModel
 from sample import MusicGen
 
@@ -124,19 +125,20 @@ def test_melody_model(tmp_path, options):
                               input_features=chroma, decoder_input_ids=codes.flatten(0, 1)).logits
             conditions = lm.conditioner(texts, chroma)._replace(prefix_mask=None)   # they attend to padding
             logits = lm(codes, conditions)
-            torch.testing.assert_close(logits, expected.view(2, books, -1, V)[:, :, -14:], rtol=1e-4, atol=1e-4)
+            near("melody model, logits", "transformers", logits, expected.view(2, books, -1, V)[:, :, -14:], 1e-4)
 
     with_melody = ours(tmp_path, ["slow flute"], [melody(9)[0]])
-    assert torch.equal(with_melody, greedy(theirs, tmp_path, ["slow flute"], melody(9)))
+    tokens = "melody model, greedy tokens"
+    same(tokens, "transformers", with_melody, greedy(theirs, tmp_path, ["slow flute"], melody(9)))
     assert with_melody.shape == (1, books, FRAMES)
     text_only = ours(tmp_path, ["slow flute"])
-    assert torch.equal(text_only, greedy(theirs, tmp_path, ["slow flute"]))
+    same(tokens, "transformers", text_only, greedy(theirs, tmp_path, ["slow flute"]))
     assert not torch.equal(text_only, with_melody)
     short = melody(5, M=4)      # shorter melodies repeat
-    assert torch.equal(ours(tmp_path, ["sad"], [short[0]]), greedy(theirs, tmp_path, ["sad"], short))
+    same(tokens, "transformers", ours(tmp_path, ["sad"], [short[0]]), greedy(theirs, tmp_path, ["sad"], short))
     # a batch of equal text lengths has no padding, so theirs is right too
-    assert torch.equal(ours(tmp_path, ["slow flute", "fast organ"], list(melody(1, 8)), 40),
-                       greedy(theirs, tmp_path, ["slow flute", "fast organ"], melody(1, 8), 40))
+    same(tokens, "transformers", ours(tmp_path, ["slow flute", "fast organ"], list(melody(1, 8)), 40),
+         greedy(theirs, tmp_path, ["slow flute", "fast organ"], melody(1, 8), 40))
 
 
 @pytest.mark.parametrize("kind, options", [("text", dict()), ("text", dict(text_dim=D, heads=2, shard="20KB")), ("stereo", dict(layers=3))])
@@ -145,7 +147,7 @@ def test_text_and_stereo_model(tmp_path, kind, options):
     a = greedy(theirs, tmp_path, ["slow flute"])
     if torch.equal(a, greedy(theirs, tmp_path, ["fast organ"])):
         pytest.skip(f"transformers {transformers.__version__} ignores the text when generating")
-    assert torch.equal(ours(tmp_path, ["slow flute"]), a)
+    same("text and stereo model, greedy tokens", "transformers", ours(tmp_path, ["slow flute"]), a)
 
     lm = L.LMModel.from_pretrained(tmp_path)
     assert lm.config.n_q == (8 if kind == "stereo" else 4)
@@ -156,7 +158,8 @@ def test_text_and_stereo_model(tmp_path, kind, options):
         expected = theirs(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
                           decoder_input_ids=codes.flatten(0, 1)).logits
         # their cross-attention masks padding as ours does
-        torch.testing.assert_close(lm(codes, lm.conditioner(texts)), expected.view(2, -1, 14, V), rtol=1e-4, atol=1e-4)
+        logits = lm(codes, lm.conditioner(texts))
+        near("text and stereo model, logits", "transformers", logits, expected.view(2, -1, 14, V), 1e-4)
     if kind == "stereo":
         wav = MusicGen.from_pretrained(tmp_path, "cpu").generate(["slow flute"], duration=0.1)
         assert wav.shape == (1, 2, 800)
@@ -172,8 +175,9 @@ def test_text_conditioner(tmp_path):
         inputs = tokenizer()([t or "" for t in texts], return_tensors="pt", padding=True)
         hidden = theirs.text_encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
         expected = theirs.enc_to_dec_proj(hidden) * inputs["attention_mask"][..., None]
-    torch.testing.assert_close(frames[:2], expected[:2], rtol=1e-5, atol=1e-5)
-    assert (frames[2:] == 0).all() and mask.tolist() == inputs["attention_mask"].bool().tolist()
+    near("text conditioner, embeddings", "transformers", frames[:2], expected[:2], 1e-5)
+    same("text conditioner, mask", "transformers", mask, inputs["attention_mask"].bool())
+    assert (frames[2:] == 0).all()
     assert not list(p for n, p in conditioner.named_parameters() if "t5" in n), "a frozen T5 is not trained or saved"
     assert isinstance(conditioner, T5Conditioner)
 
@@ -287,13 +291,14 @@ def test_exported_and_read_back(tmp_path, kind, text_dim):
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     again = L.LMModel.from_pretrained(tmp_path / "second")
     assert again.config == dataclasses.replace(lm.config, codec=str(tmp_path / "second"), t5=str(tmp_path / "second"), segment_duration=5.0)
-    for (name, a), b in zip(lm.state_dict().items(), again.state_dict().values()):
-        assert torch.equal(a, b), name
-    for (name, a), b in zip(codec.state_dict().items(), EncodecModel.from_pretrained(tmp_path / "second").state_dict().values()):
-        assert torch.equal(a, b), name
+    for a, b in zip(lm.state_dict().values(), again.state_dict().values()):
+        same("exported and read back, weights", "itself", a, b)
+    for a, b in zip(codec.state_dict().values(), EncodecModel.from_pretrained(tmp_path / "second").state_dict().values()):
+        same("exported and read back, weights", "itself", a, b)
     features = melody(9) if "melody" in kind else None
     expected = greedy(theirs.eval(), tmp_path / "second", ["slow flute"], features)
-    assert torch.equal(ours(tmp_path / "second", ["slow flute"], None if features is None else list(features)), expected)
+    again = ours(tmp_path / "second", ["slow flute"], None if features is None else list(features))
+    same("exported, greedy tokens", "transformers", again, expected)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "second")("slow")["input_ids"] == [3, 1]
     if "melody" not in kind or transformers.utils.is_torchaudio_available():    # the melody processor needs that package
         processor = transformers.AutoProcessor.from_pretrained(tmp_path / "second")
