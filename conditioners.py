@@ -115,10 +115,18 @@ class T5Conditioner(nn.Module):
         return frames * (mask & given)[..., None].to(frames.dtype), mask
 
 
+def new_t5(config) -> nn.Module:
+    """T5's encoder with random weights, of a T5Config."""
+    from transformers import T5EncoderModel
+    t5 = T5EncoderModel(config)
+    t5.set_input_embeddings(t5.shared)      # one module under two names: it stays one whatever is loaded into it
+    return t5
+
+
 def byte_t5(config: Config) -> nn.Module:
     """A small T5 encoder over bytes with random weights; needs no files and no network."""
-    from transformers import T5Config, T5EncoderModel
-    return T5EncoderModel(T5Config(
+    from transformers import T5Config
+    return new_t5(T5Config(
         vocab_size=259, d_model=config.t5_dim, d_kv=config.t5_dim // config.t5_heads, d_ff=4 * config.t5_dim,
         num_layers=config.t5_layers, num_heads=config.t5_heads, dropout_rate=0.0,
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False))
@@ -141,11 +149,10 @@ def t5_config(name: str):
 
 def load_t5(name: str) -> nn.Module:
     """T5's encoder from a hub id, a directory, or a MusicGen directory in transformers' format."""
-    from transformers import T5EncoderModel
     from checkpoints.files import load_strict, open_checkpoint, read_tensors
     config = t5_config(name)
     with torch.device("meta"):
-        t5 = T5EncoderModel(config)
+        t5 = new_t5(config)
     directory = open_checkpoint(name)
     prefix = "text_encoder." if "text_encoder" in read_json(directory / "config.json") else ""
     tensors = {key: value for key, value in read_tensors(directory, prefix, torch.float32)
@@ -324,9 +331,9 @@ def demo():
         m = config.chroma_frames
         print(f"  {str(text):>10}  {''.join(cells[:m])} | {''.join(cells[m:])}")
     meta = dict(description="A slow air for a flute, alone in a large hall.", key="d minor", bpm=72.0, moods=["calm", "sad"], instrument="flute")
-    print("\nfive training captions of one track, augmented, words dropped:")
-    rng = np.random.default_rng(0)
-    for _ in range(5):
+    print(f"\ntraining captions of one track, merged with its metadata at a rate of {config.merge_text_p}, words dropped:")
+    rng = np.random.default_rng(1)
+    for _ in range(6):
         print("  ", word_dropout(augment_description(meta, config, rng), config.word_dropout, rng))
 
 

@@ -17,7 +17,7 @@ melody = "prepend"             # prepended, in front of the text
 n_chroma = 12
 radix2_exp = 14                # window 16,384, hop 4,096 samples
 argmax = True                  # one-hot
-n_eval_wavs = 100              # evaluation never conditions a track on itself
+n_eval_wavs = 100              # tracks of --eval; each is asked for the melody of another one, never its own
 melody_dropout = 0.5
 
 # text conditioner `description`
@@ -35,7 +35,7 @@ drop_other_p = 0.5
 cfg_dropout = 0.2
 cfg_coef = 3.0
 
-# language model
+# language model: pre-norm, GELU, no biases, truncated-normal start with depth-scaled ("current") std (lm.py has no other)
 dim = 1536
 num_heads = 24
 num_layers = 48

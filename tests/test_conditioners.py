@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from conditioners import Conditioners, augment_description, drop_conditions, null_melody, word_dropout
 from config import Config
+from lm import LMModel
 
 TINY = Config(dim=16, num_heads=2, num_layers=1, t5="bytes", t5_dim=16, t5_heads=2, sample_rate=8000, ratios=(8, 5, 4),
               radix2_exp=9, segment_duration=0.25)
@@ -121,6 +122,58 @@ def test_condition_dropout_has_both_rates_and_follows_its_seed():
     other = [t for t, _ in draws(0, dataclasses.replace(config, melody_dropout=0.0))]
     assert other == list(texts), "one rate does not change the other's outcome"
     assert drop_conditions("text", False, config, np.random.default_rng(0))[1] is False
+
+
+def test_nothing_is_dropped_in_evaluation():
+    """Batches of training (train.py) and of validation from the same tracks: only the former lose conditions."""
+    from data.segments import TokenSegments
+    data = TokenSegments.__new__(TokenSegments)
+    data.config = dataclasses.replace(TINY, segment_duration=0.25, word_dropout=0.5, cfg_dropout=0.2, melody_dropout=0.5, merge_text_p=0.5)
+    T, M = data.config.segment_frames, data.config.chroma_frames
+    meta = dict(description="a slow and sad flute", key="d minor")
+    track = dict(file="a", shard=0, codes_start=0, frames=T, chroma_start=0, chroma_frames=M, weight=1, meta=meta)
+    data.tracks, data.sums, data.T, data.grid = [track], np.array([1.0]), T, 10 ** 6
+    data.shards = [(np.zeros((T, 4), np.uint16), np.full(M, 3, np.uint8))]
+    for train in (False, True):
+        items = [data.item(np.random.default_rng(n), train) for n in range(200)]
+        texts, melodies = {item["text"] for item in items}, {bool(item["has_melody"]) for item in items}
+        if train:
+            assert len(texts) > 20 and None in texts and melodies == {False, True}
+            again = [data.item(np.random.default_rng(n), train)["text"] for n in range(200)]
+            assert again == [item["text"] for item in items], "the draws follow the seed"
+        else:
+            assert texts == {"a slow and sad flute"} and melodies == {True}
+
+
+def test_a_t5_is_frozen_or_trained_along(tmp_path):
+    """t5_finetune: its weights are parameters, get gradients, and are saved; frozen, none of it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    torch.manual_seed(0)
+    T5EncoderModel(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "flute": 2, "slow": 3}, unk_token="</s>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(tmp_path / "t5")
+    for finetune in (False, True):
+        torch.manual_seed(1)
+        lm = LMModel(dataclasses.replace(TINY, t5=str(tmp_path / "t5"), t5_finetune=finetune, melody="none"))
+        text = lm.conditioner.text.train()
+        output, mask = text(["flute", None])
+        output.square().sum().backward()
+        assert text.proj.weight.grad.any() and mask.shape == (2, 1) and (output[1] == 0).all()
+        if finetune:
+            assert text.t5.shared.weight.grad.any()
+            text.eval()     # T5 has dropout
+            with torch.no_grad():
+                text.t5.shared.weight += 1
+                changed = text(["flute"])[0]
+            lm.save(tmp_path / "saved")
+            again = LMModel.from_pretrained(tmp_path / "saved").conditioner.text
+            with torch.no_grad():
+                torch.testing.assert_close(again(["flute"])[0], changed)
+                assert (changed - output[:1]).abs().max() > 0.01
+        else:
+            assert not [name for name in lm.state_dict() if "t5" in name]
+            assert not any(p.requires_grad for p in text.encoder().parameters())
 
 
 @pytest.mark.parametrize("text", ["word " * 4000, "naïve ♪ 音楽", "\n\t\"'", "x"])

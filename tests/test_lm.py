@@ -12,7 +12,7 @@ import torch
 import lm as L
 from checkpoints import formats
 from conditioners import Conditions
-from config import Config, UserError, load
+from config import Config, UserError, _read_assignments, load
 from deviations import near, same
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -216,6 +216,29 @@ def test_sampling_draws_from_the_distribution_it_should():
     torch.testing.assert_close(frequencies(top_p=p), kept / kept.sum(), rtol=0, atol=1e-3)
     for greedy in (dict(temperature=0), dict(top_k=1), dict(top_p=1e-6)):
         assert (L.sample(logits.expand(4000, 1, 8), uniform, **greedy) == logits.argmax()).all()
+
+
+def test_the_configurations_say_what_the_paper_says():
+    """Number for number, in the file itself: config/melody.py leaves nothing of this to the defaults."""
+    melody = _read_assignments("config/melody.py")
+    expected = dict(
+        task="lm", channels=1, sample_rate=32000, segment_duration=30.0,
+        melody="prepend", n_chroma=12, radix2_exp=14, argmax=True, n_eval_wavs=100, melody_dropout=0.5,
+        text="prepend", t5="t5-base", t5_finetune=False, word_dropout=0.2, merge_text_p=0.25, drop_desc_p=0.5, drop_other_p=0.5,
+        cfg_dropout=0.2, cfg_coef=3.0, dim=1536, num_heads=24, num_layers=48, hidden_scale=4, positional_embedding="sin",
+        n_q=4, card=2048, pattern="delay", delays=(0, 1, 2, 3), codec="facebook/encodec_32khz", n_filters=64, ratios=(8, 5, 4, 4),
+        dimension=128, lstm=2, batch_size=192, epochs=500, updates_per_epoch=2000, optim="dadam", lr=1.0, betas=(0.9, 0.95), eps=1e-8,
+        weight_decay=0.1, max_norm=1.0, ema_decay=0.99, ema_every=10, warmup=4000, lr_min_ratio=0.0, cycle_length=1.0,
+        top_k=250, temperature=1.0)
+    assert melody == expected | dict(out_dir="out/melody", dtype="bfloat16")
+    resolved = load(["config/melody.py"])
+    assert (resolved.hop, 2 ** resolved.radix2_exp, resolved.chroma_frames, resolved.stride, resolved.segment_frames) == (
+        4096, 16384, 235, 640, 1500)
+    text = load(["config/text.py"])
+    differs = {key for key, value in dataclasses.asdict(text).items() if value != getattr(resolved, key)}
+    assert differs == {"out_dir", "melody", "text", "dim", "num_heads", "num_layers", "word_dropout", "cfg_dropout"}
+    assert (text.melody, text.text, text.dim, text.num_heads, text.num_layers, text.word_dropout, text.cfg_dropout) == (
+        "none", "cross", 1024, 16, 24, 0.3, 0.3)
 
 
 def test_sizes_of_the_papers_models():
