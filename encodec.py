@@ -207,7 +207,8 @@ class EncodecModel(nn.Module):
         return self._run(self.decoder, self.quantizer.decode(codes), PIECE)
 
     def _run(self, layers, x, piece: int):
-        """layers(x), in pieces where x is long: the same within rounding, in bounded memory."""
+        """layers(x), in pieces where x is long: the same within rounding, in bounded memory. In the precision of `fold`."""
+        x = x.to(next(layers.parameters()).dtype)
         if x.shape[-1] <= 2 * piece or self.config.norm == "time_group_norm":  # that norm needs the whole
             return layers(x)
         return torch.cat(list(stream(layers, iter(x.split(piece, -1)))), -1)
@@ -221,11 +222,14 @@ class EncodecModel(nn.Module):
         """kb/s of one codebook (as transformers and the original count, at whole frames a second)"""
         return math.log2(self.cardinality) * math.ceil(self.frame_rate) / 1000
 
-    def fold(self) -> "EncodecModel":
-        """Turns weight norm into plain weights, once and for good: faster, same output. For inference."""
+    def fold(self, dtype=torch.float32) -> "EncodecModel":
+        """Turns weight norm into plain weights, once and for good: faster, same output. For inference.
+
+        dtype: of encoder and decoder; the codebooks stay in float32."""
         for module in self.modules():
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight")
+        self.encoder.to(dtype), self.decoder.to(dtype)
         self.config = dataclasses.replace(self.config, norm=self.config.norm.replace("weight_norm", "none"))
         return self
 

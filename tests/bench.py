@@ -1,0 +1,340 @@
+"""How fast everything is: beside its peers, and beside what the machine can do at all.
+
+    python tests/bench.py                    # every row, half an hour on two cores; nothing else should run meanwhile
+    python tests/bench.py --quick            # fewer sizes and repetitions, two minutes
+    python tests/bench.py decode codec       # these rows alone: decode clip prefill codec chroma train optimizer ema start
+
+Prints a Markdown table. Every row is measured in this run: ours and its peer called in turn, once to warm up, then
+several times, of which the median counts. Models have random weights of the real shapes; ours and its peer share them.
+"Of the limit" is the share of the bytes or products that the machine can move or make in that time, as measured at the
+start; "memory" is what the peak adds to the process (Linux only). Peers are transformers, and audiocraft, encodec,
+dadaptation and librosa where they can be imported.
+"""
+import argparse
+import ctypes
+import gc
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import lm as L
+from checkpoints.formats import name_table
+from chroma import ChromaExtractor
+from conditioners import Conditions
+from config import Config
+from encodec import EncodecModel
+from train import EMA, DAdaptAdam
+
+SHAPES = {"tiny": dict(dim=256, num_heads=4, num_layers=6, card=512), "300 M": dict(dim=1024, num_heads=16, num_layers=24),
+          "1.5 B": dict(dim=1536, num_heads=24, num_layers=48)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+PREFIX = 255        # frames of melody and text in front
+ROWS = {}           # name -> function that prints rows
+
+
+def row_of(function):
+    ROWS[function.__name__] = function
+    return function
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+def seconds(*functions, runs=5) -> list[float]:
+    """Median duration of each function, called in turn; the first round, in which everything is cold, does not count."""
+    rounds = []
+    for _ in range(1 + runs):
+        times = []
+        for function in functions:
+            begun = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begun)
+        rounds.append(times)
+    return [statistics.median(times) for times in zip(*rounds[1:])]
+
+
+def peak(function):
+    """Bytes that a call adds at most to what the process holds; None where Linux does not tell."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+
+    def now(key):
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    clear.write_text("5")   # the peak begins anew
+    before = now("VmRSS")
+    function()
+    return now("VmHWM") - before
+
+
+def limits() -> dict:
+    """Bytes read and products (of two numbers, with an addition) made a second, at best."""
+    data = torch.ones(2 ** 28)
+    found = {"bytes": data.nbytes / min(seconds(data.sum, data.amax, lambda: data @ data))}
+    for name in ("fp32", "bf16"):
+        a = torch.randn(2048, 2048).to(DTYPES[name])
+        found[name] = 2048 ** 3 / seconds(lambda: a @ a)[0]
+    print(f"{torch.get_num_threads()} threads; memory {found['bytes'] / 1e9:.1f} GB/s; matrix products fp32 {2 * found['fp32'] / 1e9:.0f}, "
+          f"bf16 {2 * found['bf16'] / 1e9:.0f} GFLOP/s; torch {torch.__version__}\n")
+    return found
+
+
+def row(what, ours, peer="", theirs=None, unit="", limit=None, memory=(), invert=False):
+    """Prints one row. Numbers in `unit`, more is better unless `invert`; limit in the unit of ours."""
+    ratio = "" if theirs is None else f"{theirs / ours if invert else ours / theirs:.2f}"
+    share = "" if limit is None else f"{100 * (limit / ours if invert else ours / limit):.0f} %"
+    used = " / ".join(f"{m / 1e9:.2f} GB" for m in memory if m is not None)
+    print(f"| {what} | {ours:.4g} {unit} | {'' if theirs is None else f'{theirs:.4g} ({peer})'} | {ratio} | {share} | {used} |", flush=True)
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+def fill(module):
+    """Numbers into a module without any: of the size that a random start has; fast for billions of them."""
+    noise = torch.randn(2 ** 20, generator=torch.Generator().manual_seed(0))
+    for name, t in module.state_dict().items():
+        if t.dtype == torch.int8:
+            t.view(-1).copy_((40 * noise).clamp(-127, 127).repeat(-(-t.numel() // 2 ** 20))[:t.numel()])
+        elif t.dim() == 1:
+            t.fill_(t.numel() ** -0.5 / 40 if name.endswith("scale") else name.endswith("weight"))
+        else:
+            for part in t.view(-1).split(2 ** 20):
+                part.copy_(noise[:len(part)] * t.shape[-1] ** -0.5)
+    return module.eval()
+
+
+def language_model(shape: str, dtype=None) -> L.LMModel:
+    """A random model of a shape of SHAPES; with a dtype the quick one for generation."""
+    with torch.device("meta"):
+        lm = L.LMModel(Config(t5="bytes", t5_dim=16, t5_layers=1, t5_heads=2, **SHAPES[shape]))
+    lm = lm if dtype is None else L.quicken(lm, dtype)
+    return fill(lm.to_empty(device="cpu"))
+
+
+def transformers_of(lm):
+    """The same model in transformers, on the same memory."""
+    from transformers import GenerationConfig, MusicgenMelodyDecoderConfig, MusicgenMelodyForCausalLM
+    c = lm.config
+    with torch.device("meta"):
+        theirs = MusicgenMelodyForCausalLM(MusicgenMelodyDecoderConfig(
+            vocab_size=c.card, hidden_size=c.dim, num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+            ffn_dim=c.hidden_scale * c.dim, num_codebooks=c.n_q, pad_token_id=c.card, bos_token_id=c.card, dropout=0.0))
+    own, weights = lm.state_dict(), {}
+    for name, parts in name_table(lm, original=False).items():
+        weights |= {part.removeprefix("decoder."): t for part, t in zip(parts, own[name].chunk(len(parts)))}
+    theirs.load_state_dict({name: weights[name] for name in theirs.state_dict()}, assign=True)
+    positions = theirs.model.decoder.embed_positions    # not part of its state
+    del positions.weights
+    positions.make_weights(2100, c.dim)
+    theirs.generation_config = GenerationConfig(decoder_start_token_id=c.card, pad_token_id=c.card, bos_token_id=c.card)
+    return theirs.eval()
+
+
+def times_of_ours(lm, context: int, frames: int) -> list[float]:
+    """Seconds of every step of a generation with guidance behind `context` positions; the first includes the prefill."""
+    times, T = [time.perf_counter()], max(1, context - PREFIX)
+    L.generate(lm, [Conditions(prefix=0.1 * torch.randn(2, PREFIX, lm.config.dim))], T + frames + 1, [0],
+               torch.randint(lm.config.card, (1, 4, T)), progress=lambda *_: times.append(time.perf_counter()) or len(times) > frames)
+    return [b - a for a, b in zip(times, times[1:])]
+
+
+@torch.inference_mode()
+def times_of_transformers(model, context: int, frames: int) -> list[float]:
+    times, T = [time.perf_counter()], max(1, context - PREFIX)
+    prefix = 0.1 * torch.randn(1, PREFIX, model.config.hidden_size).to(model.dtype)
+    model.generate(torch.randint(model.config.vocab_size, (4, T)), encoder_hidden_states=prefix, max_length=T + frames + 2,
+                   attention_mask=torch.ones(1, T, dtype=torch.long), guidance_scale=3.0, do_sample=True, top_k=250,
+                   stopping_criteria=[lambda ids, scores: times.append(time.perf_counter()) or torch.zeros(len(ids), dtype=torch.bool)])
+    return [b - a for a, b in zip(times, times[1:])]
+
+
+def median_step(function, *args, runs) -> tuple[float, float]:
+    """(first step with the prefill, one later step) in seconds, warm."""
+    runs = [function(*args) for _ in range(runs + 1)][1:]
+    return statistics.median(times[0] for times in runs), statistics.median(t for times in runs for t in times[1:])
+
+
+def bytes_of_a_frame(lm, dtype, context) -> int:
+    c, size = lm.config, torch.empty(0, dtype=dtype).element_size()
+    weights = 12 * c.num_layers * c.dim ** 2 + c.n_q * c.card * c.dim
+    return weights * size + 2 * 2 * c.num_layers * context * (c.dim * size + (4 * c.num_heads if dtype == torch.int8 else 0))
+
+
+# --- the rows -------------------------------------------------------------------------------------------------------
+
+@row_of
+def decode(quick, limit):
+    """Frames a second with guidance, and the prefill, at several contexts and precisions."""
+    for shape in ("tiny", "300 M") if quick else SHAPES:
+        theirs = {}
+        for name, dtype in DTYPES.items():
+            if quick and shape == "300 M" and name == "fp32":
+                continue
+            lm = language_model(shape, dtype)
+            model = None if name == "int8" else transformers_of(lm).to(dtype)
+            for context in (300, 1000) if quick else (300, 1000, 1700):
+                frames, runs = (20, 1) if quick else (40, 3)
+                first, step = median_step(times_of_ours, lm, context, frames, runs=runs)
+                if model is not None:
+                    theirs[context] = name, *median_step(times_of_transformers, model, context, frames // 4, runs=1)
+                peer, their_first, their_step = theirs[context]
+                row(f"decode, {shape}, {name}, context {context}", 1 / step, f"transformers {peer}", 1 / their_step, "frames/s",
+                    limit["bytes"] / bytes_of_a_frame(lm, dtype, context))
+                if context != 300 and not quick:
+                    products = 2 * context * 12 * lm.config.num_layers * lm.config.dim ** 2
+                    row(f"prefill, {shape}, {name}, context {context}", first, f"transformers {peer}", their_first, "s",
+                        products / limit["fp32" if name == "fp32" else "bf16"], invert=True)
+            del lm, model
+
+
+@row_of
+def clip(quick, limit):
+    """A whole clip of 30 s: 1,500 frames behind a prefix of 255."""
+    for shape in ("300 M",) if quick else ("300 M", "1.5 B"):
+        made = []
+
+        def whole():
+            made.append(language_model(shape, torch.int8))
+            made.extend(times_of_ours(made[0], 0, 300 if quick else 1500))
+        memory = peak(whole)
+        lm, times = made[0], made[1:]
+        mean = limit["bytes"] / bytes_of_a_frame(lm, torch.int8, PREFIX + len(times) // 2)
+        row(f"a clip of {len(times) / 50:g} s, {shape}, int8", len(times) / sum(times), "real time", 50, "frames/s", mean, [memory])
+
+
+@row_of
+def codec(quick, limit):
+    """Seconds of audio coded in a second, by the 32 kHz codec."""
+    from transformers import EncodecModel as Theirs
+    torch.manual_seed(0)
+    ours = EncodecModel(Config(task="codec", kmeans_init=False, pad_mode="reflect")).eval()
+    with tempfile.TemporaryDirectory() as directory:
+        ours.to_hf(directory)
+        theirs = Theirs.from_pretrained(directory).eval()
+    duration = 5 if quick else 30
+    wav = 0.1 * torch.randn(1, 1, duration * 32000)
+    codes = torch.randint(2048, (1, 4, duration * 50))
+    for name in ("fp32", "bf16"):
+        theirs = theirs.to(DTYPES[name])
+        ours.fold(DTYPES[name])
+
+        @torch.inference_mode()
+        def encode_theirs():
+            return theirs.encode(wav.to(theirs.dtype), return_dict=False)[0]
+
+        @torch.inference_mode()
+        def decode_theirs():
+            return theirs.decode(codes[None], [None], return_dict=False)[0]
+        for what, mine, other in (("encode", lambda: ours.encode(wav), encode_theirs), ("decode", lambda: ours.decode(codes), decode_theirs)):
+            a, b = seconds(mine, other, runs=1 if quick else 3)
+            row(f"codec, {what}, {name}", duration / a, f"transformers {name}", duration / b, "s/s", None, [peak(mine), peak(other)])
+
+
+@row_of
+def chroma(quick, limit):
+    wav = 0.1 * torch.randn(1, 30 * 32000)
+    extract = ChromaExtractor(32000)
+    try:
+        import librosa
+    except ImportError:
+        return row("chroma of 30 s", 30 / seconds(lambda: extract(wav))[0], unit="s/s")
+    y = wav[0].numpy()
+    a, b = seconds(lambda: extract(wav), lambda: librosa.feature.chroma_stft(y=y, sr=32000, n_fft=2 ** 14, hop_length=2 ** 12, tuning=0.0))
+    row("chroma", 30 / a, "librosa", 30 / b, "s/s")
+
+
+@row_of
+def train(quick, limit):
+    """Forward, loss and backward of the 300 M shape on segments of 10 s, batch 2, behind 100 frames of conditions."""
+    lm = language_model("300 M").train()
+    theirs, B = transformers_of(lm).train(), 1 if quick else 2
+    c, T = lm.config, 500
+    codes, prefix = torch.randint(c.card, (B, 4, T)), torch.randn(B, 100, c.dim)
+    sequence = lm.pattern.build(codes, lm.special, True)[0]          # (B, K, T + 1)
+    inputs, labels = sequence[..., :-1].reshape(B * 4, T), sequence[..., 1:].transpose(1, 2)
+    trained = [p for name, p in lm.named_parameters() if "conditioner" not in name]
+    products = 3 * B * (12 * c.num_layers * c.dim ** 2 * (T + 100) + c.n_q * c.card * c.dim * T)
+    for name in ("bf16",) if quick else ("fp32", "bf16"):
+        def run(loss, parameters):
+            with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+                value = loss()
+            value.backward()
+            for p in parameters:
+                p.grad = None
+            return value
+
+        def ours_step():
+            return run(lambda: L.codebook_cross_entropy(*lm.compute_predictions(codes, Conditions(prefix=prefix))[:1], codes, MASK).mean(), trained)
+
+        def their_step():
+            return run(lambda: theirs(inputs, encoder_hidden_states=prefix, labels=labels).loss, theirs.parameters())
+        MASK = lm.pattern.revert_logits(torch.zeros(1, 4, T + 1, 1), T, True)[1]
+        a, b = seconds(ours_step, their_step, runs=1 if quick else 3)
+        row(f"train, 300 M, {name}", B * 4 * T / a, f"transformers {name}", B * 4 * T / b, "tokens/s",
+            B * 4 * T / (products / limit[name]), [peak(ours_step), peak(their_step)])
+
+
+@row_of
+def optimizer(quick, limit):
+    """A step of D-Adaptation on 100 M weights in 96 matrices: 11 numbers a weight read or written at least."""
+    def weights():
+        params = [torch.randn(1024, 1024).requires_grad_() for _ in range(96)]
+        for p in params:
+            p.grad = 0.01 * torch.randn_like(p)
+        return params
+    ours = DAdaptAdam(weights(), betas=(0.9, 0.95), weight_decay=0.1)
+    least = 11 * 4 * 96 * 2 ** 20 / limit["bytes"]
+    try:
+        from dadaptation import DAdaptAdam as Theirs
+        peer, theirs = "dadaptation", Theirs(weights(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1, decouple=True, log_every=0)
+    except ImportError:
+        peer, theirs = "AdamW of torch", torch.optim.AdamW(weights(), betas=(0.9, 0.95), weight_decay=0.1)
+    a, b = seconds(ours.step, theirs.step, runs=3 if quick else 7)
+    row("optimizer, D-Adaptation, 100 M weights", 1000 * a, peer, 1000 * b, "ms", 1000 * least, invert=True, memory=[peak(ours.step), peak(theirs.step)])
+
+
+@row_of
+def ema(quick, limit):
+    """The moving average of 100 M weights: 3 numbers a weight read or written."""
+    module = torch.nn.ParameterList(torch.randn(1024, 1024) for _ in range(96))
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    ours, theirs = EMA(module), AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    a, b = seconds(ours.update, lambda: theirs.update_parameters(module), runs=3 if quick else 7)
+    row("EMA, 100 M weights", 1000 * a, "torch", 1000 * b, "ms", 1000 * 3 * 4 * 96 * 2 ** 20 / limit["bytes"], invert=True)
+
+
+@row_of
+def start(quick, limit):
+    """sample.py from the shell to its first frame (and to the end of its file), with the shipped model."""
+    with tempfile.TemporaryDirectory() as directory:
+        def run():
+            subprocess.run([sys.executable, "sample.py", "--text", "a slow flute tune", "--duration", "0.02", "--overwrite",
+                            "--out", f"{directory}/a.wav"], cwd=ROOT, check=True, capture_output=True)
+        row("start of sample.py to the first frame", seconds(run, runs=1 if quick else 3)[0], unit="s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Speed, beside peers and the machine's limits.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"any of {', '.join(ROWS)}; all of them by default")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
+    args = parser.parse_args()
+    if unknown := set(args.rows) - set(ROWS):
+        parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    found = limits()
+    print("| what | ours | peer | ratio | of the limit | memory, ours / peer |\n| --- | --- | --- | --- | --- | --- |")
+    for name in args.rows or ROWS:
+        ROWS[name](args.quick, found)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
