@@ -36,7 +36,9 @@ def pad1d(x, left: int, right: int, mode: str):
     """Pads time. Reflection needs a signal longer than the padding: a shorter one gets zeros on its right first,
     which are cut off again afterwards (as the original)."""
     missing = max(0, max(left, right) - x.shape[-1] + 1) if mode == "reflect" else 0
-    padded = F.pad(F.pad(x, (0, missing)), (left, right), mode)
+    x = F.pad(x, (0, missing)) if missing else x
+    # where channels lie next to each other in memory (`fold`) they are to stay so
+    padded = F.pad(x.mT, (0, 0, left, right), mode).mT if x.stride(1) == 1 else F.pad(x, (left, right), mode)
     return padded[..., :padded.shape[-1] - missing]
 
 
@@ -68,7 +70,8 @@ class Conv(nn.Module):
 
     def forward(self, x):
         extra = -x.shape[-1] % self.stride
-        return self.conv_norm(self.conv(pad1d(x, self.left, self.right + extra, self.mode)))
+        conv = functools.partial(conv_by_products, self.conv) if by_products(self, x) else self.conv
+        return self.conv_norm(conv(pad1d(x, self.left, self.right + extra, self.mode)))
 
 
 class ConvTranspose(nn.Module):
@@ -87,7 +90,7 @@ class ConvTranspose(nn.Module):
         self.left = padding - self.right
 
     def forward(self, x):
-        y = self.convtr_norm(self.convtr(x))
+        y = self.convtr_norm(convtr_by_products(self, x) if by_products(self, x) else self.convtr(x))
         return y[..., self.left:y.shape[-1] - self.right]
 
 
@@ -230,6 +233,7 @@ class EncodecModel(nn.Module):
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight")
         self.encoder.to(dtype), self.decoder.to(dtype)
+        pack_weights(self)
         self.config = dataclasses.replace(self.config, norm=self.config.norm.replace("weight_norm", "none"))
         return self
 
@@ -270,7 +274,7 @@ class EncodecModel(nn.Module):
 
 # --- long audio: the same layers, piece by piece -----------------------------------------------------------
 
-PIECE = 50  # frames of a piece when audio is coded piece by piece: more takes more memory and is hardly faster
+PIECE = 250  # frames of a piece when audio is coded piece by piece: more takes more memory and is hardly faster
 
 
 def stream(layers, pieces):
@@ -307,6 +311,56 @@ def _stream_convs(layers, pieces):
             yield layers(held)[..., done * up // down:None if x is None else end * up // down]
             drop = max(0, end - context)
             held, done = held[..., drop:], end - drop
+
+
+# --- optional: the same convolutions as matrix products, on the CPU -------------------------------------------
+#
+# torch's own bring frames and weights of every convolution into another order in memory and back. `fold` leaves the
+# channels of a frame next to each other throughout, and a convolution is a few products of such frames with weights.
+
+
+def pack_weights(codec):
+    """Weights in the order in memory that the products want; names and shapes stay."""
+    for module in codec.modules():
+        if isinstance(module, Conv):
+            weight = module.conv.weight                                                 # (C', C, kernel)
+            weight.data = weight.data.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+        elif isinstance(module, ConvTranspose):
+            weight = module.convtr.weight.detach().unflatten(-1, (2, -1))               # (C, C', 2, stride)
+            module.register_buffer("packed", weight.permute(2, 0, 3, 1).flatten(2).contiguous(), persistent=False)
+        module.folded = True
+
+
+def by_products(module, x) -> bool:
+    return hasattr(module, "folded") and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def conv_by_products(conv, x):
+    """conv(x) of a padded x (B, C, L): every stride of its kernel times every stride of frames, added up."""
+    (k,), (s,), (d,), weight = conv.kernel_size, conv.stride, conv.dilation, conv.weight.permute(2, 1, 0)
+    B, C, L = x.shape
+    T = (L - d * (k - 1) - 1) // s + 1
+    frames, weight = x.mT.reshape(B, L // s, s * C), weight.reshape(k // s, s * C, -1)
+    if min(C, len(conv.weight)) < 8:    # too few numbers for many products: all of a window at once
+        frames, weight = x.unfold(-1, d * (k - 1) + 1, s)[..., ::d].permute(0, 2, 3, 1).flatten(2), weight.flatten(0, 1)[None]
+    y = x.new_empty(B, T, len(conv.weight))
+    for item, rows in zip(y, frames):
+        torch.addmm(conv.bias, rows[:T], weight[0], out=item)
+        for n in range(1, len(weight)):
+            item.addmm_(rows[n * d:n * d + T], weight[n])
+    return y.mT
+
+
+def convtr_by_products(module, x):
+    """convtr(x) of x (B, C, T): a stride of output comes of a frame and of the one before."""
+    B, C, T = x.shape
+    bias = module.convtr.bias.repeat(module.convtr.stride[0])
+    y = x.new_empty(B, T + 1, len(bias))
+    for item, frames in zip(y, x.mT):
+        torch.addmm(bias, frames, module.packed[0], out=item[:T])
+        item[T] = bias
+        item[1:].addmm_(frames, module.packed[1])
+    return y.view(B, -1, module.convtr.out_channels).mT
 
 
 # --- training: losses, discriminator, balancer (EnCodec, sections 3.4 and 3.5) -----------------------------

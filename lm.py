@@ -57,8 +57,8 @@ class Projection(nn.Linear):
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x, rows=slice(None)):
-        return F.linear(x, self.weight[rows])
+    def forward(self, x, rows=None):
+        return F.linear(x, self.weight if rows is None else self.weight[rows])
 
 
 class Attention(nn.Module):
@@ -143,8 +143,14 @@ class LMModel(nn.Module):
         # Where no position is added, frames of zeros ("no text", "no melody") would reach the norms as zeros, whose
         # gradient there is 1 / sqrt(eps) for every layer: a learned vector on all prefix frames keeps them away from it.
         self.prefix_mark = nn.Parameter(torch.randn(config.dim)) if config.positional_embedding == "rope" else None
-        self.checkpointing = config.checkpointing
+        self.checkpointing, self.compiled = config.checkpointing, False
         self.init_weights()
+
+    def compile_layers(self):
+        """torch.compile, layer by layer: they are all alike, and compile once. Generation then leaves kernels.c alone."""
+        self.compiled = True
+        for layer in self.layers:
+            layer.compile()
 
     @torch.no_grad()
     def init_weights(self):
@@ -432,7 +438,7 @@ def generate(lm: LMModel, passes: list[Conditions], T: int, seeds: list[int], pr
     S = sequence.shape[-1]
     uniform = [torch.rand(S, K, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     uniform = torch.stack(uniform).to(device)                                           # (B, S, K)
-    quick = isinstance(lm.heads, QuickLinear) and lm.config.dim // lm.config.num_heads % 8 == 0 and kernels()
+    quick = isinstance(lm.heads, QuickLinear) and lm.config.dim // lm.config.num_heads % 8 == 0 and not lm.compiled and kernels()
     kind = QuickCache if quick else Cache
     dtype = (lm.heads if quick else lm.emb).weight.dtype
     caches = [kind(lm.config, rows, S + (0 if c.prefix is None else c.prefix.shape[1]), device, dtype) for c in passes]
@@ -470,8 +476,9 @@ class QuickLinear(nn.Module):
 
     def __init__(self, weight, dtype):
         super().__init__()
-        self.register_buffer("weight", weight.to(dtype))
-        self.register_buffer("scale", weight.new_empty(len(weight)) if dtype == torch.int8 else None)
+        weight, scale = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype), None)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
 
     def forward(self, x, rows=None):
         weight, scale = self.weight, self.scale
@@ -479,7 +486,7 @@ class QuickLinear(nn.Module):
             weight, scale = weight[rows], None if scale is None else scale[rows]
         R, C = weight.shape
         few = x.numel() <= FEW * C and R % 4 == C % 8 == 0
-        if few and kernels():
+        if few and not torch.compiler.is_compiling() and kernels():
             x = x.contiguous()
             y = x.new_empty(*x.shape[:-1], R)
             kernels().product(KINDS[weight.dtype], *places(weight, scale, x, None, None), 0, None, *places(y), R, C, x.numel() // C)

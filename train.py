@@ -407,9 +407,8 @@ class LMTraining:
             add_lora(self.module, config)
         self.module.to(device)
         self.extra = nn.ModuleDict()
-        if config.compile:  # layer by layer: they are all alike, and compile once
-            for layer in self.module.layers:
-                layer.compile()
+        if config.compile:
+            self.module.compile_layers()
         self.forward = wrap(LMLoss(self.module), config, self.module.layers)
 
     def prepare(self, update: int, ema):
