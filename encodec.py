@@ -213,8 +213,8 @@ class EncodecModel(nn.Module):
         """layers(x), in pieces where x is long: the same within rounding, in bounded memory. In the precision of `fold`."""
         x = x.to(next(layers.parameters()).dtype)
         if x.shape[-1] <= 2 * piece or self.config.norm == "time_group_norm":  # that norm needs the whole
-            return layers(x)
-        return torch.cat(list(stream(layers, iter(x.split(piece, -1)))), -1)
+            return layers(x).float()
+        return torch.cat(list(stream(layers, iter(x.split(piece, -1)))), -1).float()
 
     def _check_wav(self, wav):
         if wav.ndim != 3 or wav.shape[1] != self.channels or wav.shape[2] == 0:

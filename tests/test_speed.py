@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import encodec as E
 import lm as L
 from conditioners import Conditions
 from config import Config
+from data.audio import read_audio
+from data.measures import si_snr
 from sample import MusicGen
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "tiny"
@@ -66,16 +69,7 @@ def test_logits_of_cached_steps_are_near_those_of_the_plain_way(kind, dtype, tol
     passes = L.condition_passes(lm, ["slow flute and a drum", None], T, guidance=1)
     codes = torch.randint(lm.config.card, (2, 4, T), generator=torch.Generator().manual_seed(1))
     expected = lm(lm.pattern.build(codes, lm.special)[0], passes[0]).detach()
-    L.quicken(lm)
-    if dtype != torch.float32:
-        tensors = {}
-        for name, module in lm.named_modules():
-            if isinstance(module, L.QuickLinear):
-                weight, scale = L.quantize_rows(module.weight) if dtype == torch.int8 else (module.weight.to(dtype), None)
-                tensors[name] = (weight, scale)
-        for name, (weight, scale) in tensors.items():
-            module = lm.get_submodule(name)
-            module.weight, module.scale = weight, scale
+    L.quicken(lm, dtype)
     quick = lm.config.dim // lm.config.num_heads % 8 == 0
     steps = next_logits(lm, passes, codes, cache_of(lm, L.QuickCache if quick else L.Cache, 2, T + 4) if quick else
                         lambda c: L.Cache(lm.config, 2, 99, "cpu", torch.float32))
@@ -98,6 +92,40 @@ def test_a_product_is_that_of_the_rounded_weights_and_does_not_depend_on_other_r
     torch.testing.assert_close(layer(x), x @ weight.float().T, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer(x, slice(8, 16)), x @ weight[8:16].float().T, rtol=1e-5, atol=1e-5)
     assert torch.equal(layer(x)[:1], layer(x[:1]))
+
+
+# --- the codec ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [
+    {}, dict(causal=True), dict(pad_mode="reflect"), dict(channels=2, lstm=0), dict(n_residual_layers=2, true_skip=False),
+    dict(norm="time_group_norm")], ids=str)
+@pytest.mark.parametrize("L", [1, 7, 40, 2345])
+def test_a_folded_codec_is_the_same(options, L, monkeypatch):
+    """The products with frames against torch's convolutions; the last length in pieces. It is saved as it was."""
+    monkeypatch.setattr(E, "PIECE", 8)
+    config = Config(**dict(task="codec", n_filters=8, dimension=16, card=32, ratios=(5, 4), kmeans_init=False,
+                           pad_mode="constant") | options)
+    codec, folded = (E.EncodecModel(config).eval() for _ in "ab")
+    folded.load_state_dict(codec.state_dict())
+    folded.fold()
+    wav = torch.randn(2, codec.channels, L)
+    codes = codec.encode(wav)
+    with torch.no_grad():
+        torch.testing.assert_close(folded.encoder(wav), codec.encoder(wav), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded.decode(codes), codec.decode(codes), rtol=1e-4, atol=1e-4)
+    saved = folded.state_dict()
+    weights = {name: m.weight for name, m in codec.named_modules() if isinstance(m, (torch.nn.Conv1d, torch.nn.ConvTranspose1d))}
+    assert all(torch.allclose(saved[f"{name}.weight"], weight) for name, weight in weights.items())
+    assert not any("packed" in name for name in saved)
+
+
+def test_the_shipped_codec_in_bfloat16():
+    """At least 35 dB above its error, and nearly the same codes."""
+    plain, half = (E.EncodecModel.from_pretrained(SHIPPED).fold(dtype) for dtype in (torch.float32, torch.bfloat16))
+    codes = plain.encode(read_audio(SHIPPED.parent.parent / "assets" / "ode_to_joy.wav", plain.sample_rate, 1, duration=2.0)[None])
+    wav = plain.decode(codes)
+    assert si_snr(wav, half.decode(codes)).min() > 35
+    assert (half.encode(wav) == plain.encode(wav)).float().mean() > 0.95
 
 
 # --- weights in fewer bits ------------------------------------------------------------------------------------------
