@@ -135,7 +135,7 @@ def test_chapter_names_what_is_there(chapter):
     assert names and all(found(name) for name in names), [name for name in names if not found(name)]
     for name in names:     # and in this chapter's file
         assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b", source, re.M), (file, name)
-    assert "![" in text and "$$" in text or chapter == 8
+    assert "![" in text and ("```math" in text or chapter == 8)
     assert "- **Try**" in text and "xpect" in text
 
 
