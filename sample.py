@@ -5,7 +5,7 @@
     python sample.py --checkpoint facebook/musicgen-melody --text "80s driving pop song" --melody tune.mp3
     python sample.py --text "a flute tune" --prompt recording.ogg --duration 20      # continues the recording
     python sample.py --text "a flute tune" --page DIR                                # and a page to listen to it
-    python sample.py --checkpoint out/tiny --export_hf DIR                           # for transformers
+    python sample.py --checkpoint out/mine --export_hf DIR                           # for transformers
 
 The life of a sample (`MusicGen.generate`):
 
