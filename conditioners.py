@@ -330,7 +330,8 @@ def demo():
         cells = ["." if not m else "#" if f.abs().sum() > 0 else "0" for f, m in zip(frames, mask)]
         m = config.chroma_frames
         print(f"  {str(text):>10}  {''.join(cells[:m])} | {''.join(cells[m:])}")
-    meta = dict(description="A slow air for a flute, alone in a large hall.", key="d minor", bpm=72.0, moods=["calm", "sad"], instrument="flute")
+    meta = dict(description="A slow air for a flute, alone in a large hall.", key="d minor", bpm=72.0,
+                moods=["calm", "sad"], instrument="flute")
     print(f"\ntraining captions of one track, merged with its metadata at a rate of {config.merge_text_p}, words dropped:")
     rng = np.random.default_rng(1)
     for _ in range(6):

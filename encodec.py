@@ -518,7 +518,8 @@ def demo(argv):
     for k in range(1, K + 1):
         back = codec.decode(codes[:, :k])
         distance = float(mel_loss(codec.config, wav[None], back[..., :wav.shape[1]]))
-        print(f"samples  {tuple(back.shape)}  from {k} of {K} codebooks, mel distance {distance:.4f}  {'#' * min(60, round(4000 * distance))}")
+        print(f"samples  {tuple(back.shape)}  from {k} of {K} codebooks, mel distance {distance:.4f}  "
+              f"{'#' * min(60, round(4000 * distance))}")
 
 
 if __name__ == "__main__":

@@ -108,9 +108,11 @@ def figure(width: float, height: float, *grid, **options):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({
-        "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER, "font.size": 9, "font.family": "DejaVu Sans",
-        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "axes.titlecolor": INK, "axes.titlesize": 10,
-        "axes.titlelocation": "left", "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+        "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER, "font.size": 9,
+        "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
+        "axes.titlecolor": INK, "axes.titlesize": 10,
+        "axes.titlelocation": "left", "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "xtick.major.width": 0.8,
         "ytick.major.width": 0.8, "legend.frameon": False, "figure.constrained_layout.h_pad": 0.08,
         "figure.constrained_layout.w_pad": 0.08})
@@ -138,8 +140,8 @@ def draw_spectrogram(axes, wav, seconds=None, top=6000, title=None):
     decibels = 10 * np.log10(power + 1e-9)
     hz, places = np.linspace(0, RATE / 2, len(power)), np.linspace(mel(60), mel(top), 160)
     rows = np.array([np.interp(places, mel(hz), column) for column in decibels.T]).T
-    axes.imshow(rows, origin="lower", aspect="auto", cmap="magma", vmin=rows.max() - 50, vmax=rows.max(), interpolation="bilinear",
-                extent=(0, len(wav) / RATE, mel(60), mel(top)))
+    axes.imshow(rows, origin="lower", aspect="auto", cmap="magma", vmin=rows.max() - 50, vmax=rows.max(),
+                interpolation="bilinear", extent=(0, len(wav) / RATE, mel(60), mel(top)))
     ticks = [hz for hz in (250, 500, 1000, 2000, 4000) if hz < top]
     axes.set_yticks([mel(hz) for hz in ticks], [f"{hz / 1000:g} k" if hz >= 1000 else f"{hz}" for hz in ticks])
     if title:
@@ -270,7 +272,8 @@ def system():
     page.plot([72, 72], [12.5, 12.5], color=FAINT)
     arrow(72, 12.5, 72, 19, colour=FAINT)
     page.text(63, 9.4, "codes (B, K, T)\ncross-entropy of the next column", size=8, va="center")
-    page.text(2, 3, "Every panel is real data. Dark arrows: sampling (sample.py). Grey arrows: training (train.py).", size=8, color=FAINT)
+    page.text(2, 3, "Every panel is real data. Dark arrows: sampling (sample.py). Grey arrows: training (train.py).", size=8,
+              color=FAINT)
     save(fig, "system")
 
 
@@ -282,7 +285,8 @@ def output():
     asked = match_length(asked[None], math.ceil(10 * RATE / 2048))[0]
     draw_chroma(top, asked, 10, "asked for: the pitch classes of Ode to Joy, and “a slow flute tune”")
     heard = stem_chroma(wav)
-    draw_spectrogram(bottom, wav, top=4000, title=f"what comes out, in Hz ({agreement(heard, asked)} of its frames have the pitch class asked for)")
+    followed = f"{agreement(heard, asked)} of its frames have the pitch class asked for"
+    draw_spectrogram(bottom, wav, top=4000, title=f"what comes out, in Hz ({followed})")
     bottom.set_xlabel("seconds")
     save(fig, "output", 40, 115)
 
@@ -290,7 +294,8 @@ def output():
 def five_patterns():
     """The five layouts, four frames of four codebooks (figure 1 of the paper)."""
     shown = {"delay": patterns.DelayPattern((0, 1, 2, 3)), "parallel": patterns.ParallelPattern(4),
-             "coarse first": patterns.CoarseFirstPattern((0, 0, 0)), "flattening (unroll)": patterns.UnrollPattern((0, 1, 2, 3)),
+             "coarse first": patterns.CoarseFirstPattern((0, 0, 0)),
+             "flattening (unroll)": patterns.UnrollPattern((0, 1, 2, 3)),
              "MusicLM, groups of two": patterns.MusicLMPattern(4)}
     codes, fig = torch.arange(1, 5).expand(1, 4, -1), figure(11, 4.9)
     sequences = {name: pattern.build(codes, special=0)[0][0] for name, pattern in shown.items()}
@@ -304,8 +309,8 @@ def five_patterns():
         if x == 0:
             axes.set_yticks([3.5, 2.5, 1.5, 0.5], ["k1", "k2", "k3", "k4"])
             axes.tick_params(length=0)
-    fig.text(0.68, 0.46, "A column is one step of the model;\na number is a frame, a colour a codebook,\na dot the special token.", size=9,
-             va="top", color=FAINT)
+    fig.text(0.68, 0.46, "A column is one step of the model;\na number is a frame, a colour a codebook,\n"
+             "a dot the special token.", size=9, va="top", color=FAINT)
     save(fig, "patterns")
 
 
@@ -342,9 +347,10 @@ def residual():
         axes = fig.add_axes((0.01 + 0.195 * k, 0.05, 0.185, 0.8))
         centre = torch.zeros(2) if k == 0 else x
         entries, chosen = here + book.embed, int(codes[0, k, 0])
-        grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, 200), torch.linspace(-1, 1, 200), indexing="xy"), -1) * reach + centre
+        line = torch.linspace(-reach, reach, 200)
+        grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1) + centre
         nearest = torch.cdist(grid.view(-1, 2), entries).argmin(1).view(200, 200)
-        window = dict(extent=(float(centre[0]) - reach, float(centre[0]) + reach, float(centre[1]) - reach, float(centre[1]) + reach))
+        window = dict(extent=[float(centre[axis]) + side * reach for axis in (0, 1) for side in (-1, 1)])
         axes.imshow(nearest == chosen, origin="lower", cmap=paper_to("#cfd6e6"), vmin=0, vmax=1, **window)
         axes.contour(grid[..., 0], grid[..., 1], nearest, levels=np.arange(8) + 0.5, colors="white", linewidths=0.8)
         axes.plot(*entries.T, "o", color=FAINT, markersize=4)
@@ -363,7 +369,8 @@ def residual():
     with torch.no_grad():
         latent = codec().encoder(music)
         power = (latent - latent.mean((0, 2), keepdim=True)).square().mean()
-        left = [float((latent - codec().quantizer.decode(codec().encode(music)[:, :k])).square().mean() / power) for k in range(1, 5)]
+        codes = codec().encode(music)
+        left = [float((latent - codec().quantizer.decode(codes[:, :k])).square().mean() / power) for k in range(1, 5)]
     axes.bar(range(1, 5), [100 * v for v in left], color=BOOKS, width=0.7)
     axes.set_ylim(0, 115 * left[0])
     for k, value in enumerate(left, 1):
@@ -400,7 +407,8 @@ def attention():
         q, k, _ = module.qkv(x).view(*x.shape[:2], 3, module.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(module.q_norm(q), angles), rotate(module.k_norm(k), angles)
         scores = (q @ k.mT * q.shape[-1] ** -0.5)[0]
-        seen.append(scores.masked_fill(torch.ones_like(scores).triu(1) > 0, float("-inf")).softmax(-1))    # (H, P + S, P + S)
+        later = torch.ones_like(scores).triu(1) > 0
+        seen.append(scores.masked_fill(later, float("-inf")).softmax(-1))   # (H, P + S, P + S)
     for layer in lm.layers:
         handles.append(layer.attn.register_forward_pre_hook(look))
     with torch.no_grad():
@@ -422,7 +430,8 @@ def attention():
     left.set_ylabel("frame of the music, its time in s")
     image = right.imshow(100 * share.numpy(), cmap=paper_to(BOOKS[0]), vmin=0, aspect="auto")
     for i, j in np.ndindex(*share.shape):
-        right.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", size=9, color="white" if share[i, j] > 0.6 * share.max() else INK)
+        right.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", size=9,
+                   color="white" if share[i, j] > 0.6 * share.max() else INK)
     right.set(xticks=range(config.num_heads), yticks=range(config.num_layers), xlabel="head", ylabel="layer",
               title="% of the music's attention\nthat goes to the melody")
     right.set_xticklabels(range(1, config.num_heads + 1))
@@ -437,15 +446,19 @@ def training():
     config = model().config
     fig, axes = figure(11, 4.2, 1, 1)
     for k in range(4):
-        for split, look in (("train", dict(linewidth=1.2, alpha=0.85)), ("valid", dict(marker="o", markersize=6, linestyle="none"))):
+        for split, look in (("train", dict(linewidth=1.2, alpha=0.85)),
+                            ("valid", dict(marker="o", markersize=6, linestyle="none"))):
             rows = [line for line in lines if line["split"] == split]
             x, y = [line["update"] for line in rows], [line[f"ce_{k + 1}"] for line in rows]
             axes.plot(x, y, color=BOOKS[k], label=f"codebook {k + 1}" if split == "train" else None, **look)
             if split == "valid" and rows:
-                axes.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center", size=9, color=BOOKS[k])
+                axes.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center", size=9,
+                              color=BOOKS[k])
     axes.axhline(math.log(config.card), color=FAINT, linestyle=":", linewidth=1)
-    axes.text(axes.get_xlim()[1], math.log(config.card), f"ln {config.card}, knowing nothing ", ha="right", va="bottom", size=8, color=FAINT)
-    axes.set(xlabel="update", ylabel="cross-entropy, nats", title="the run that made checkpoints/tiny: lines training, dots tunes never trained on")
+    axes.text(axes.get_xlim()[1], math.log(config.card), f"ln {config.card}, knowing nothing ", ha="right", va="bottom",
+              size=8, color=FAINT)
+    axes.set(xlabel="update", ylabel="cross-entropy, nats",
+             title="the run that made checkpoints/tiny: lines training, dots tunes never trained on")
     axes.legend(ncols=4, loc="upper center")
     save(fig, "training")
 
@@ -459,8 +472,8 @@ def dadaptation():
         sys.argv = kept
         settings = [str(ROOT / "config" / "tiny.py"), f"--codec={DEFAULT_CHECKPOINT / 'codec'}", f"--data_dir={folder}/prepared",
                     f"--out_dir={folder}/run", "--optim=dadam", "--lr=1", "--weight_decay=0.1", "--dim=128", "--num_layers=3",
-                    "--segment_duration=1.28", "--batch_size=4", "--epochs=1", "--updates_per_epoch=400", "--warmup=50", "--log_every=2",
-                    "--valid_every=0", "--save_every=0", "--dtype=float32"]
+                    "--segment_duration=1.28", "--batch_size=4", "--epochs=1", "--updates_per_epoch=400", "--warmup=50",
+                    "--log_every=2", "--valid_every=0", "--save_every=0", "--dtype=float32"]
         prepare.main([f"{folder}/tunes/valid", "--out", f"{folder}/prepared/train", "--codec", str(DEFAULT_CHECKPOINT / "codec"),
                       "--radix2_exp", "13", "--stem", "none"])
         train.main(settings)
@@ -469,7 +482,8 @@ def dadaptation():
     x, d = [line["update"] for line in lines], [line["d_lr"] / line["lr"] for line in lines]
     fig, (left, right) = figure(11, 3.6, 1, 2)
     left.semilogy(x, d, color=BOOKS[0], linewidth=2, label="d, the estimate")
-    left.semilogy(x, [line["d_lr"] for line in lines], color=BOOKS[2], linewidth=1.5, label="d times the schedule: the step size")
+    left.semilogy(x, [line["d_lr"] for line in lines], color=BOOKS[2], linewidth=1.5,
+                  label="d times the schedule: the step size")
     left.set(xlabel="update", title=f"d grows from 1e-6 to {d[-1]:.1e}, and never falls")
     left.legend(loc="lower right")
     right.plot(x, [line["loss"] for line in lines], color=BOOKS[3], linewidth=1.5)
@@ -485,7 +499,8 @@ def followed():
     for n in range(3):
         M = asked.shape[1]
         draw_chroma(axes[0, n], asked[n], span, "asked for", labels=n == 0)
-        draw_chroma(axes[1, n], heard[n, :M], span, f"heard in what was made: {agreement(heard[n, :M], asked[n])} of the frames", labels=n == 0)
+        title = f"heard in what was made: {agreement(heard[n, :M], asked[n])} of the frames"
+        draw_chroma(axes[1, n], heard[n, :M], span, title, labels=n == 0)
         axes[1, n].set_xlabel("seconds")
     save(fig, "melody")
 
@@ -509,8 +524,8 @@ def samples():
     save(fig, "samples", 20, 78)
 
 
-PICTURES = {"system": system, "output": output, "patterns": five_patterns, "rvq": residual, "codebooks": codebooks, "chroma": melody,
-            "attention": attention, "training": training, "dadaptation": dadaptation, "melody": followed, "samples": samples}
+PICTURES = {"system": system, "output": output, "patterns": five_patterns, "rvq": residual, "codebooks": codebooks,
+            "chroma": melody, "attention": attention, "training": training, "dadaptation": dadaptation, "melody": followed, "samples": samples}
 MODEL = ("system", "output", "rvq", "codebooks", "attention", "training", "melody", "samples")
 
 
@@ -518,7 +533,8 @@ def main(argv):
     names = list(MODEL) if argv == ["model"] else argv or list(PICTURES)
     for name in names:
         if name not in PICTURES:
-            raise UserError(f"{name}: no such picture; there are {', '.join(PICTURES)}, and `model` for those of the trained model")
+            raise UserError(f"{name}: no such picture; there are {', '.join(PICTURES)}, and `model` for those of the "
+                            f"trained model")
     try:
         import matplotlib  # noqa: F401  an optional extra
     except ImportError:

@@ -27,6 +27,7 @@ from data.audio import read_audio
 
 WIDTH, HEIGHT = 1000, 150       # pixels of a spectrogram, at most
 FLOOR = 60                      # dB below the loudest that is black
+LOUDNESS = "spectrogram, 60 Hz to 6 kHz"
 HEAT = ((0, 0, 4), (40, 17, 89), (114, 31, 129), (183, 55, 121), (241, 96, 93), (254, 176, 120), (252, 253, 191))
 NOTES = ((241, 238, 230), (200, 80, 60))
 
@@ -52,8 +53,8 @@ def spectrogram(wav, sample_rate: int):
     wav = wav.mean(0)
     n_fft = 2 ** round(math.log2(sample_rate * 0.064))
     hop = max(n_fft // 8, math.ceil(len(wav) / WIDTH))
-    power = torch.stft(wav, n_fft, hop, window=torch.hann_window(n_fft), pad_mode="constant", return_complex=True).abs().square()
-    decibels = 10 * (power + 1e-10).log10().numpy()                                 # (n_fft/2 + 1, columns)
+    spectrum = torch.stft(wav, n_fft, hop, window=torch.hann_window(n_fft), pad_mode="constant", return_complex=True)
+    decibels = 10 * (spectrum.abs().square() + 1e-10).log10().numpy()               # (n_fft/2 + 1, columns)
     mel = np.linspace(math.log(1 + 60 / 700), math.log(1 + min(6000, sample_rate / 2) / 700), HEIGHT)[::-1]
     bins = 700 * (np.exp(mel) - 1) / sample_rate * n_fft
     rows = np.array([np.interp(bins, np.arange(len(decibels)), column) for column in decibels.T]).T
@@ -81,17 +82,19 @@ def player(wav, sample_rate: int, pictures: list, name: str) -> str:
             f'<a download="{html.escape(name, quote=True)}.flac" href="{source}">save</a></div>{"".join(pictures)}</div>')
 
 
-def melody_card(path: str, wav, chroma, sample_rate: int) -> str:
-    pictures = [picture(spectrogram(wav, sample_rate), HEAT, "spectrogram, 60 Hz to 6 kHz"),
-                picture(chroma.T.flip(0), NOTES, "what the model hears of it: one pitch class a frame, C at the bottom, B on top")]
-    return f'<section><h2><b>melody</b> {html.escape(Path(path).name)}</h2>{player(wav, sample_rate, pictures, Path(path).stem)}</section>'
+def melody_card(path: Path, wav, chroma, sample_rate: int) -> str:
+    heard = "what the model hears of it: one pitch class a frame, C at the bottom, B on top"
+    pictures = [picture(spectrogram(wav, sample_rate), HEAT, LOUDNESS), picture(chroma.T.flip(0), NOTES, heard)]
+    sound = player(wav, sample_rate, pictures, path.stem)
+    return f"<section><h2><b>melody</b> {html.escape(path.name)}</h2>{sound}</section>"
 
 
 def result_card(told: dict, wav, asked, heard, sample_rate: int, name: str) -> str:
-    facts, pictures = [f"seed {told.get('seed')}"], [picture(spectrogram(wav, sample_rate), HEAT, "spectrogram, 60 Hz to 6 kHz")]
+    facts, pictures = [f"seed {told.get('seed')}"], [picture(spectrogram(wav, sample_rate), HEAT, LOUDNESS)]
     if asked is not None:
         M = min(len(asked), len(heard))
-        facts += [f"melody {Path(told['melody']).name}", f"followed in {100 * chroma_agreement(heard[:M], asked[:M]):.0f} % of the frames"]
+        share = 100 * chroma_agreement(heard[:M], asked[:M])
+        facts += [f"melody {Path(told['melody']).name}", f"followed in {share:.0f} % of the frames"]
         pictures.append(picture(asked.T.flip(0), NOTES, "melody asked for"))
     pictures.append(picture(heard.T.flip(0), NOTES, "chromagram of the music" + (", melody stem" if asked is not None else "")))
     text = f"“{told['text']}”" if told.get("text") else "no text"
@@ -108,22 +111,26 @@ body { margin: 0 auto; padding: 2.5rem 1.25rem; max-width: 860px; background: va
   font: 16px/1.5 system-ui, sans-serif }
 h1 { margin: 0; font-size: 1.7rem } h2 { margin: 0; font-size: 1.15rem; font-weight: 600 } h2 b { color: var(--accent) }
 p { margin: .2rem 0 0; color: var(--faint); font-size: .9rem }
-section { margin-top: 1.4rem; padding: 1.2rem 1.3rem; background: var(--card); border: 1px solid var(--line); border-radius: 12px }
+section { margin-top: 1.4rem; padding: 1.2rem 1.3rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 12px }
 .bar { display: flex; gap: .9rem; align-items: center; margin: .8rem 0 .3rem } audio { flex: 1; min-width: 0; height: 40px }
 a { color: var(--accent) } figure { margin: .7rem 0 0 } figcaption { font-size: .78rem; color: var(--faint) }
 .seek { position: relative; margin-top: .2rem; cursor: pointer; border-radius: 6px; overflow: hidden; line-height: 0 }
 .seek img { width: 100%; height: 150px } .seek.sharp img { height: 84px; image-rendering: pixelated }
 .seek i { position: absolute; top: 0; bottom: 0; left: 0; width: 2px; background: #3f8cff; opacity: 0 }
-pre { margin: 1rem 0 0; padding: .7rem .9rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem;
-  background: var(--paper); border: 1px solid var(--line); border-radius: 8px }
-table { margin-top: .7rem; border-collapse: collapse; font-size: .88rem } td { padding: .15rem 1.6rem .15rem 0 } td:first-child { color: var(--faint) }
+pre { margin: 1rem 0 0; padding: .7rem .9rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .78rem; background: var(--paper); border: 1px solid var(--line); border-radius: 8px }
+table { margin-top: .7rem; border-collapse: collapse; font-size: .88rem }
+td { padding: .15rem 1.6rem .15rem 0 } td:first-child { color: var(--faint) }
 """
 SCRIPT = """
 for (const player of document.querySelectorAll(".player")) {
   const audio = player.querySelector("audio"), lines = player.querySelectorAll(".seek i");
-  const show = () => { for (const line of lines) { line.style.opacity = 1; line.style.left = 100 * audio.currentTime / audio.duration + "%" } };
+  const show = () => { for (const line of lines) {
+    line.style.opacity = 1; line.style.left = 100 * audio.currentTime / audio.duration + "%" } };
   const follow = () => { show(); if (!audio.paused) requestAnimationFrame(follow) };
-  audio.onplay = () => { for (const other of document.querySelectorAll("audio")) if (other !== audio) other.pause(); follow() };
+  audio.onplay = () => {
+    for (const other of document.querySelectorAll("audio")) if (other !== audio) other.pause(); follow() };
   audio.onseeked = show;
   for (const place of player.querySelectorAll(".seek")) place.onclick = event => {
     const box = place.getBoundingClientRect();
@@ -163,15 +170,16 @@ def write_page(path, outs, command: str = ""):
             asked = match_length(melodies[key][1][None], M)[0]                          # (M, Q)
         heard = extract[False](separate(wav, rate, stem if told.get("melody") else "none"))[0]
         results.append(result_card(told, wav, asked, heard, rate, out.stem))
-    cards = [melody_card(key[0], *value) for key, value in melodies.items()]
+    cards = [melody_card(Path(key[0]), *value) for key, value in melodies.items()]
     rows = {"checkpoint": told.get("checkpoint", ""), "duration": f"{told.get('duration')} s", **(told.get("settings") or {}),
             "torch": told.get("torch", "")}
-    table = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items())
-    made = f"<section><h2>How it was made</h2><table>{table}</table>{f'<pre>{html.escape(command)}</pre>' if command else ''}</section>"
+    table = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(x))}</td></tr>" for name, x in rows.items())
+    again = f"<pre>{html.escape(command)}</pre>" if command else ""
+    made = f"<section><h2>How it was made</h2><table>{table}</table>{again}</section>"
     count = f"{len(results)} piece{'s' * (len(results) > 1)} of music"
     write_atomic(path, f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>nanoMusicGen: {count}</title>
-<link rel="icon" href="data:,"><style>{STYLE}</style></head>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>nanoMusicGen: {count}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
 <body><h1>nanoMusicGen</h1><p>{count}</p>{"".join(cards)}{"".join(results)}{made}<script>{SCRIPT}</script></body></html>
 """.encode())
 
