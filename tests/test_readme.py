@@ -201,11 +201,11 @@ def test_sizes_in_the_life_of_a_batch():
 
 
 def test_line_counts():
-    """Within a tenth: of lines that change every week no more can be promised."""
+    """Within a fifth: of lines that change every week no more can be promised."""
     for row in rows(section("How it differs")):
         files = re.findall(r"`([\w./]+\.py)`", row[0])
         lines = sum(len((ROOT / file).read_text().splitlines()) for file in files)
-        assert files and abs(lines - int(row[1].replace(",", ""))) <= lines / 10, (files, lines, row[1])
+        assert files and abs(lines - int(row[1].replace(",", ""))) <= lines / 5, (files, lines, row[1])
 
 
 # --- demos --------------------------------------------------------------------------------------------------------
