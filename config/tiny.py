@@ -42,8 +42,8 @@ cfg_dropout = 0.1
 history_dropout = 0.4          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 17
-updates_per_epoch = 200
+epochs = 11
+updates_per_epoch = 300
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"
 lr = 0.02
