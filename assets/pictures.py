@@ -458,7 +458,7 @@ def training():
     axes.text(axes.get_xlim()[1], math.log(config.card), f"ln {config.card}, knowing nothing ", ha="right", va="bottom",
               size=8, color=FAINT)
     axes.set(xlabel="update", ylabel="cross-entropy, nats",
-             title="the run that made checkpoints/tiny: lines training, dots tunes never trained on")
+             title="the run that made checkpoints/tiny: lines training, with its dropouts; dots tunes never trained on")
     axes.legend(ncols=4, loc="upper center")
     save(fig, "training")
 
