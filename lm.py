@@ -312,9 +312,9 @@ def codebook_cross_entropy(logits, codes, mask) -> torch.Tensor:
     assert codes.shape == (B, K, T)
     mask = mask.expand(B, K, T)
     # invalid logits are NaN, so that a wrong mask fails loudly: they must not reach the sum, nor its gradient
-    logits = torch.where(mask[..., None], logits.float(), 0.0)
-    ce = F.cross_entropy(logits.reshape(-1, V), codes.reshape(-1), reduction="none").view(B, K, T)
-    return (ce * mask).sum((0, 2)) / mask.sum((0, 2)).clamp(min=1)
+    ce = [F.cross_entropy(torch.where(mask[:, k, :, None], logits[:, k].float(), 0.0).flatten(0, 1), codes[:, k].flatten(),
+                          reduction="none").view(B, T) for k in range(K)]   # one codebook at a time: less memory
+    return (torch.stack(ce, 1) * mask).sum((0, 2)) / mask.sum((0, 2)).clamp(min=1)
 
 
 # --- generation ----------------------------------------------------------------------------------------------------
@@ -486,7 +486,10 @@ class QuickLinear(nn.Module):
             weight, scale = weight[rows], None if scale is None else scale[rows]
         R, C = weight.shape
         few = x.numel() <= FEW * C and R % 4 == C % 8 == 0
-        if few and not torch.compiler.is_compiling() and kernels():
+        if few and torch.compiler.is_compiling():   # one loop over the weights, as they are stored
+            y = (x[..., None, :] * weight).sum(-1, dtype=x.dtype)
+            return y if scale is None else y * scale
+        if few and kernels():
             x = x.contiguous()
             y = x.new_empty(*x.shape[:-1], R)
             kernels().product(KINDS[weight.dtype], *places(weight, scale, x, None, None), 0, None, *places(y), R, C, x.numel() // C)
@@ -495,9 +498,8 @@ class QuickLinear(nn.Module):
             return torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale.bfloat16()).view(*x.shape[:-1], R).float()
         if few and weight.dtype == torch.float32:
             return (weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], R)
-        if weight.dtype == torch.bfloat16 and has_bfloat16():
-            return F.linear(x.bfloat16(), weight).float()
-        y = F.linear(x, weight.to(x.dtype))
+        x = x.bfloat16() if weight.dtype != torch.float32 and has_bfloat16() else x
+        y = F.linear(x, weight.to(x.dtype)).float()
         return y if scale is None else y * scale
 
 
@@ -584,6 +586,7 @@ def pick_dtype(name: str, device) -> str:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
 
 
+@functools.cache
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself."""
     return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # torch before 2.10 cannot tell

@@ -32,7 +32,7 @@ from config import Parser, UserError, pick_device, run, write_atomic
 from data.audio import FORMATS, read_audio, write_audio
 from data.page import page_path, write_page
 from encodec import EncodecModel
-from lm import LMModel, condition_passes, generate, pick_dtype, quicken
+from lm import LMModel, condition_passes, generate, has_bfloat16, pick_dtype, quicken
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "auto": None}
@@ -63,11 +63,12 @@ class MusicGen:
         return self.codec.frame_rate
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, device: str = "auto", dtype: str = "float32") -> "MusicGen":
+    def from_pretrained(cls, name_or_dir, device: str = "auto", dtype: str = "float32", compile: bool = False) -> "MusicGen":
         """Loads our directory, a transformers directory or hub id, or a directory in the original's format.
 
         dtype: of the language model's weights, "float32", "bfloat16", "float16", "int8" (on the CPU) or "auto", the
-        fastest for the device; the codec stays in float32.
+        fastest for the device; the codec stays in float32, but for its decoder on a CPU that computes in bfloat16.
+        compile: the layers by torch.compile; on the CPU in place of kernels.c.
         Raises UserError naming what is missing or does not fit.
         """
         if dtype not in DTYPES:
@@ -79,9 +80,13 @@ class MusicGen:
         lm = LMModel.from_pretrained(directory, DTYPES[dtype]).to(device)
         if device.type == "cpu" and dtype != "float16":
             quicken(lm)
-        codec = load_codec(directory, lm)
+        if compile:
+            lm.compile_layers()
+        codec = load_codec(directory, lm).fold()
+        if dtype in ("bfloat16", "int8") and device.type == "cpu" and has_bfloat16():
+            codec.decoder.bfloat16()
         # the codec's convolutions and nearest-neighbour search are not to be trusted on mps; it is a small part
-        return cls(lm, codec.fold().to("cpu" if device.type == "mps" else device))
+        return cls(lm, codec.to("cpu" if device.type == "mps" else device))
 
     def save(self, directory, compact: bool = False):
         """Writes a directory that from_pretrained reads, codec included. compact: int8 matrices, float16 the rest."""
@@ -262,6 +267,7 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="float32", choices=list(DTYPES), help="of the language model's weights")
     add("--page", metavar="DIR", help="also write DIR/index.html, a page to listen to the results")
+    add("--compile", action="store_true", help="torch.compile the layers; on the CPU kernels.c is faster where there is a C compiler")
     add("--overwrite", action="store_true", help="replace an existing --out or --page")
     add("--keep_partial", action="store_true", help="Ctrl-C ends with what is finished, not with nothing")
     add("--export", metavar="DIR", help="write the checkpoint small, as it is shipped (int8 and float16), and stop")
@@ -295,7 +301,7 @@ def main(argv):
     seeds = [(args.seed or 0) + i for i in range(len(texts))]
     outs, page = output_names(args, texts), args.page and page_path(args.page, args.overwrite)
 
-    model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype)
+    model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile)
     if any(melodies) and model.lm.conditioner.melody is None:
         raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody, or take a melody model")
     heard = args.duration + model.config.segment_duration + 10   # of a recording of hours, no more than can matter

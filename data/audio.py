@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from scipy.signal import resample_poly
 
 from config import UserError, blaming, write_atomic
 
@@ -50,6 +49,7 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: has samples that are not finite numbers")
     if len(wav) and (up, down) != (1, 1):
+        from scipy.signal import resample_poly  # half a second, which files of the right rate need not wait for
         wav = resample_poly(wav, up, down, axis=0)
     wav = wav[first - begin * up:][:length]
     if not len(wav):

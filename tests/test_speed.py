@@ -94,6 +94,19 @@ def test_a_product_is_that_of_the_rounded_weights_and_does_not_depend_on_other_r
     assert torch.equal(layer(x)[:1], layer(x[:1]))
 
 
+@pytest.mark.slow   # the compiler needs a minute
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.int8])
+def test_compiled_layers_give_the_same_tokens(dtype):
+    """Plain, and with quick products; eight frames, so that the first steps and the later ones are compiled."""
+    lm, texts, T = make(), ["slow flute and a drum", None], 8
+    if dtype is not None:
+        L.quicken(lm, dtype)
+    passes = L.condition_passes(lm, texts, T)
+    expected = L.generate(lm, passes, T, [0, 1], temperature=0)
+    lm.compile_layers()
+    assert torch.equal(L.generate(lm, passes, T, [0, 1], temperature=0), expected)
+
+
 # --- the codec ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [
