@@ -2,13 +2,14 @@
 
     python tests/bench.py                    # every row, half an hour on two cores; nothing else should run meanwhile
     python tests/bench.py --quick            # fewer sizes and repetitions, two minutes
-    python tests/bench.py decode codec       # these rows alone: decode clip prefill codec chroma train optimizer ema start
+    python tests/bench.py decode codec       # these rows alone, of: decode clip codec chroma train optimizer ema start
+    python tests/bench.py decode --shapes "1.5 B" --dtypes bf16 int8 --contexts 300
 
 Prints a Markdown table. Every row is measured in this run: ours and its peer called in turn, once to warm up, then
 several times, of which the median counts. Models have random weights of the real shapes; ours and its peer share them.
 "Of the limit" is the share of the bytes or products that the machine can move or make in that time, as measured at the
-start; "memory" is what the peak adds to the process (Linux only). Peers are transformers, and audiocraft, encodec,
-dadaptation and librosa where they can be imported.
+start; "memory" is what the peak adds to the process (Linux only). Peers are transformers, and encodec, dadaptation and
+librosa where they can be imported (audiocraft needs another torch). int8 has transformers in bfloat16 beside it.
 """
 import argparse
 import ctypes
@@ -77,14 +78,15 @@ def peak(function):
 
 
 def limits() -> dict:
-    """Bytes read and products (of two numbers, with an addition) made a second, at best."""
-    data = torch.ones(2 ** 28)
+    """Bytes read, bytes read or written when one is copied, products (with an addition) made, in a second at best."""
+    data, copy = torch.ones(2, 2 ** 27)
     found = {"bytes": data.nbytes / min(seconds(data.sum, data.amax, lambda: data @ data))}
+    found["moved"] = 2 * data.nbytes / seconds(lambda: copy.copy_(data))[0]
     for name in ("fp32", "bf16"):
         a = torch.randn(2048, 2048).to(DTYPES[name])
         found[name] = 2048 ** 3 / seconds(lambda: a @ a)[0]
-    print(f"{torch.get_num_threads()} threads; memory {found['bytes'] / 1e9:.1f} GB/s; matrix products fp32 {2 * found['fp32'] / 1e9:.0f}, "
-          f"bf16 {2 * found['bf16'] / 1e9:.0f} GFLOP/s; torch {torch.__version__}\n")
+    print(f"{torch.get_num_threads()} threads; memory {found['bytes'] / 1e9:.1f} GB/s read, {found['moved'] / 1e9:.1f} copied; products "
+          f"fp32 {2 * found['fp32'] / 1e9:.0f}, bf16 {2 * found['bf16'] / 1e9:.0f} GFLOP/s; torch {torch.__version__}\n")
     return found
 
 
@@ -93,7 +95,8 @@ def row(what, ours, peer="", theirs=None, unit="", limit=None, memory=(), invert
     ratio = "" if theirs is None else f"{theirs / ours if invert else ours / theirs:.2f}"
     share = "" if limit is None else f"{100 * (limit / ours if invert else ours / limit):.0f} %"
     used = " / ".join(f"{m / 1e9:.2f} GB" for m in memory if m is not None)
-    print(f"| {what} | {ours:.4g} {unit} | {'' if theirs is None else f'{theirs:.4g} ({peer})'} | {ratio} | {share} | {used} |", flush=True)
+    other = "" if theirs is None else f"{theirs:.4g} ({peer})"
+    print(f"| {what} | {ours:.4g} {unit} | {other} | {ratio} | {share} | {used} |", flush=True)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -142,8 +145,9 @@ def transformers_of(lm):
 def times_of_ours(lm, context: int, frames: int) -> list[float]:
     """Seconds of every step of a generation with guidance behind `context` positions; the first includes the prefill."""
     times, T = [time.perf_counter()], max(1, context - PREFIX)
-    L.generate(lm, [Conditions(prefix=0.1 * torch.randn(2, PREFIX, lm.config.dim))], T + frames + 1, [0],
-               torch.randint(lm.config.card, (1, 4, T)), progress=lambda *_: times.append(time.perf_counter()) or len(times) > frames)
+    conditions, prompt = Conditions(prefix=0.1 * torch.randn(2, PREFIX, lm.config.dim)), torch.randint(lm.config.card, (1, 4, T))
+    L.generate(lm, [conditions], T + frames + 1, [0], prompt,
+               progress=lambda *_: times.append(time.perf_counter()) or len(times) > frames)
     return [b - a for a, b in zip(times, times[1:])]
 
 
@@ -151,20 +155,25 @@ def times_of_ours(lm, context: int, frames: int) -> list[float]:
 def times_of_transformers(model, context: int, frames: int) -> list[float]:
     times, T = [time.perf_counter()], max(1, context - PREFIX)
     prefix = 0.1 * torch.randn(1, PREFIX, model.config.hidden_size).to(model.dtype)
+
+    def stamp(ids, scores):
+        times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool)
     model.generate(torch.randint(model.config.vocab_size, (4, T)), encoder_hidden_states=prefix, max_length=T + frames + 2,
                    attention_mask=torch.ones(1, T, dtype=torch.long), guidance_scale=3.0, do_sample=True, top_k=250,
-                   stopping_criteria=[lambda ids, scores: times.append(time.perf_counter()) or torch.zeros(len(ids), dtype=torch.bool)])
+                   stopping_criteria=[stamp])
     return [b - a for a, b in zip(times, times[1:])]
 
 
 def median_step(function, *args, runs) -> tuple[float, float]:
     """(first step with the prefill, one later step) in seconds, warm."""
-    runs = [function(*args) for _ in range(runs + 1)][1:]
+    runs = [function(*args) for _ in range(runs)]
     return statistics.median(times[0] for times in runs), statistics.median(t for times in runs for t in times[1:])
 
 
-def bytes_of_a_frame(lm, dtype, context) -> int:
-    c, size = lm.config, torch.empty(0, dtype=dtype).element_size()
+def bytes_of_a_frame(c: Config, dtype, context) -> int:
+    """Weights and, for the two rows of guidance, the cache."""
+    size = torch.empty(0, dtype=dtype).element_size()
     weights = 12 * c.num_layers * c.dim ** 2 + c.n_q * c.card * c.dim
     return weights * size + 2 * 2 * c.num_layers * context * (c.dim * size + (4 * c.num_heads if dtype == torch.int8 else 0))
 
@@ -172,119 +181,135 @@ def bytes_of_a_frame(lm, dtype, context) -> int:
 # --- the rows -------------------------------------------------------------------------------------------------------
 
 @row_of
-def decode(quick, limit):
+def decode(args, limit):
     """Frames a second with guidance, and the prefill, at several contexts and precisions."""
-    for shape in ("tiny", "300 M") if quick else SHAPES:
+    for shape in args.shapes:
         theirs = {}
-        for name, dtype in DTYPES.items():
-            if quick and shape == "300 M" and name == "fp32":
-                continue
-            lm = language_model(shape, dtype)
-            model = None if name == "int8" else transformers_of(lm).to(dtype)
-            for context in (300, 1000) if quick else (300, 1000, 1700):
-                frames, runs = (20, 1) if quick else (40, 3)
-                first, step = median_step(times_of_ours, lm, context, frames, runs=runs)
+        for name in args.dtypes:
+            lm, runs = language_model(shape, DTYPES[name]), 1 if args.quick or shape == "1.5 B" else 3
+            model = None if name == "int8" else transformers_of(lm).to(DTYPES[name])
+            times_of_ours(lm, 300, 5)
+            if model is not None:
+                times_of_transformers(model, 300, 2)
+            for context in args.contexts:
+                first, step = median_step(times_of_ours, lm, context, 20 if args.quick else 40, runs=runs)
                 if model is not None:
-                    theirs[context] = name, *median_step(times_of_transformers, model, context, frames // 4, runs=1)
-                peer, their_first, their_step = theirs[context]
-                row(f"decode, {shape}, {name}, context {context}", 1 / step, f"transformers {peer}", 1 / their_step, "frames/s",
-                    limit["bytes"] / bytes_of_a_frame(lm, dtype, context))
-                if context != 300 and not quick:
-                    products = 2 * context * 12 * lm.config.num_layers * lm.config.dim ** 2
-                    row(f"prefill, {shape}, {name}, context {context}", first, f"transformers {peer}", their_first, "s",
+                    steps = median_step(times_of_transformers, model, context, 5 if args.quick else 10, runs=1)
+                    theirs[context] = f"transformers {name}", *steps
+                peer, their_first, their_step = theirs.get(context, ("", None, None))
+                row(f"decode, {shape}, {name}, context {context}", 1 / step, peer, their_step and 1 / their_step, "frames/s",
+                    limit["bytes"] / bytes_of_a_frame(lm.config, DTYPES[name], context))
+                products = 2 * context * 12 * lm.config.num_layers * lm.config.dim ** 2
+                if not args.quick:
+                    row(f"prefill, {shape}, {name}, context {context}", first, peer, their_first, "s",
                         products / limit["fp32" if name == "fp32" else "bf16"], invert=True)
             del lm, model
 
 
 @row_of
-def clip(quick, limit):
-    """A whole clip of 30 s: 1,500 frames behind a prefix of 255."""
-    for shape in ("300 M",) if quick else ("300 M", "1.5 B"):
+def clip(args, limit):
+    """A whole clip of 30 s with guidance: prefill and 1,500 frames behind a prefix of 255."""
+    for shape in set(args.shapes) - {"tiny"}:
         made = []
 
         def whole():
-            made.append(language_model(shape, torch.int8))
-            made.extend(times_of_ours(made[0], 0, 300 if quick else 1500))
+            lm = language_model(shape, torch.int8)
+            times_of_ours(lm, 300, 5)
+            made.extend(times_of_ours(lm, 0, 150 if args.quick else 1500))
         memory = peak(whole)
-        lm, times = made[0], made[1:]
-        mean = limit["bytes"] / bytes_of_a_frame(lm, torch.int8, PREFIX + len(times) // 2)
-        row(f"a clip of {len(times) / 50:g} s, {shape}, int8", len(times) / sum(times), "real time", 50, "frames/s", mean, [memory])
+        mean = limit["bytes"] / bytes_of_a_frame(Config(**SHAPES[shape]), torch.int8, PREFIX + len(made) // 2)
+        row(f"a clip of {len(made) / 50:g} s, {shape}, int8", len(made) / sum(made), "real time", 50, "frames/s", mean, [memory])
+
+
+def encodec_of_the_original(**options):
+    """The codec of the package encodec, whose name ours has too; None where it cannot be imported."""
+    ours, path = sys.modules.pop("encodec"), sys.path[:]
+    sys.path[:] = [p for p in path if Path(p).resolve() not in (ROOT, ROOT / "tests")]
+    try:
+        from encodec.model import EncodecModel as Model
+        from encodec.modules import SEANetDecoder, SEANetEncoder
+        from encodec.quantization import ResidualVectorQuantizer
+    except Exception:       # or of what it needs
+        return None
+    finally:
+        sys.path[:], sys.modules["encodec"] = path, ours
+    quantizer = ResidualVectorQuantizer(128, 4, 2048)
+    return Model(SEANetEncoder(**options), SEANetDecoder(**options), quantizer, [2.2], 32000, 1).eval()
 
 
 @row_of
-def codec(quick, limit):
-    """Seconds of audio coded in a second, by the 32 kHz codec."""
+def codec(args, limit):
+    """Seconds of audio coded in a second, by codecs of the shape of the released one at 32 kHz."""
     from transformers import EncodecModel as Theirs
     torch.manual_seed(0)
     ours = EncodecModel(Config(task="codec", kmeans_init=False, pad_mode="reflect")).eval()
     with tempfile.TemporaryDirectory() as directory:
         ours.to_hf(directory)
         theirs = Theirs.from_pretrained(directory).eval()
-    duration = 5 if quick else 30
+    original = encodec_of_the_original(channels=1, dimension=128, n_filters=64, ratios=[8, 5, 4, 4], lstm=2)
+    duration, runs = (5, 2) if args.quick else (30, 3)
     wav = 0.1 * torch.randn(1, 1, duration * 32000)
     codes = torch.randint(2048, (1, 4, duration * 50))
     for name in ("fp32", "bf16"):
-        theirs = theirs.to(DTYPES[name])
         ours.fold(DTYPES[name])
-
-        @torch.inference_mode()
-        def encode_theirs():
-            return theirs.encode(wav.to(theirs.dtype), return_dict=False)[0]
-
-        @torch.inference_mode()
-        def decode_theirs():
-            return theirs.decode(codes[None], [None], return_dict=False)[0]
-        for what, mine, other in (("encode", lambda: ours.encode(wav), encode_theirs), ("decode", lambda: ours.decode(codes), decode_theirs)):
-            a, b = seconds(mine, other, runs=1 if quick else 3)
-            row(f"codec, {what}, {name}", duration / a, f"transformers {name}", duration / b, "s/s", None, [peak(mine), peak(other)])
+        theirs = theirs.to(DTYPES[name])
+        pairs = {"encode": [lambda: ours.encode(wav), lambda: theirs.encode(wav.to(theirs.dtype), return_dict=False)],
+                 "decode": [lambda: ours.decode(codes), lambda: theirs.decode(codes[None], [None], return_dict=False)]}
+        if original and name == "fp32":
+            pairs["encode"].append(lambda: original.encode(wav))
+            pairs["decode"].append(lambda: original.decode([(codes, None)]))
+        for what, functions in pairs.items():
+            with torch.inference_mode():
+                times, memory = seconds(*functions, runs=runs), [peak(function) for function in functions]
+            for n, peer in enumerate([f"transformers {name}", "encodec"][:len(functions) - 1], start=1):
+                row(f"codec, {what}, {name}", duration / times[0], peer, duration / times[n], "s/s", memory=[memory[0], memory[n]])
 
 
 @row_of
-def chroma(quick, limit):
+def chroma(args, limit):
     wav = 0.1 * torch.randn(1, 30 * 32000)
     extract = ChromaExtractor(32000)
     try:
         import librosa
     except ImportError:
         return row("chroma of 30 s", 30 / seconds(lambda: extract(wav))[0], unit="s/s")
-    y = wav[0].numpy()
-    a, b = seconds(lambda: extract(wav), lambda: librosa.feature.chroma_stft(y=y, sr=32000, n_fft=2 ** 14, hop_length=2 ** 12, tuning=0.0))
+    options = dict(y=wav[0].numpy(), sr=32000, n_fft=2 ** 14, hop_length=2 ** 12, tuning=0.0)
+    a, b = seconds(lambda: extract(wav), lambda: librosa.feature.chroma_stft(**options))
     row("chroma", 30 / a, "librosa", 30 / b, "s/s")
 
 
 @row_of
-def train(quick, limit):
+def train(args, limit):
     """Forward, loss and backward of the 300 M shape on segments of 10 s, batch 2, behind 100 frames of conditions."""
     lm = language_model("300 M").train()
-    theirs, B = transformers_of(lm).train(), 1 if quick else 2
+    theirs, B = transformers_of(lm).train(), 1 if args.quick else 2
     c, T = lm.config, 500
     codes, prefix = torch.randint(c.card, (B, 4, T)), torch.randn(B, 100, c.dim)
     sequence = lm.pattern.build(codes, lm.special, True)[0]          # (B, K, T + 1)
     inputs, labels = sequence[..., :-1].reshape(B * 4, T), sequence[..., 1:].transpose(1, 2)
-    trained = [p for name, p in lm.named_parameters() if "conditioner" not in name]
     products = 3 * B * (12 * c.num_layers * c.dim ** 2 * (T + 100) + c.n_q * c.card * c.dim * T)
-    for name in ("bf16",) if quick else ("fp32", "bf16"):
-        def run(loss, parameters):
+    for name in ("bf16",) if args.quick else ("fp32", "bf16"):
+        def run(loss, module):
             with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
                 value = loss()
             value.backward()
-            for p in parameters:
-                p.grad = None
-            return value
+            module.zero_grad()
 
         def ours_step():
-            return run(lambda: L.codebook_cross_entropy(*lm.compute_predictions(codes, Conditions(prefix=prefix))[:1], codes, MASK).mean(), trained)
+            def loss():
+                logits, mask = lm.compute_predictions(codes, Conditions(prefix=prefix))
+                return L.codebook_cross_entropy(logits, codes, mask).mean()
+            run(loss, lm)
 
         def their_step():
-            return run(lambda: theirs(inputs, encoder_hidden_states=prefix, labels=labels).loss, theirs.parameters())
-        MASK = lm.pattern.revert_logits(torch.zeros(1, 4, T + 1, 1), T, True)[1]
-        a, b = seconds(ours_step, their_step, runs=1 if quick else 3)
+            run(lambda: theirs(inputs, encoder_hidden_states=prefix, labels=labels).loss, theirs)
+        a, b = seconds(ours_step, their_step, runs=1 if args.quick else 3)
         row(f"train, 300 M, {name}", B * 4 * T / a, f"transformers {name}", B * 4 * T / b, "tokens/s",
             B * 4 * T / (products / limit[name]), [peak(ours_step), peak(their_step)])
 
 
 @row_of
-def optimizer(quick, limit):
+def optimizer(args, limit):
     """A step of D-Adaptation on 100 M weights in 96 matrices: 11 numbers a weight read or written at least."""
     def weights():
         params = [torch.randn(1024, 1024).requires_grad_() for _ in range(96)]
@@ -292,47 +317,54 @@ def optimizer(quick, limit):
             p.grad = 0.01 * torch.randn_like(p)
         return params
     ours = DAdaptAdam(weights(), betas=(0.9, 0.95), weight_decay=0.1)
-    least = 11 * 4 * 96 * 2 ** 20 / limit["bytes"]
+    least = 11 * 4 * 96 * 2 ** 20 / limit["moved"]
     try:
         from dadaptation import DAdaptAdam as Theirs
         peer, theirs = "dadaptation", Theirs(weights(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1, decouple=True, log_every=0)
     except ImportError:
         peer, theirs = "AdamW of torch", torch.optim.AdamW(weights(), betas=(0.9, 0.95), weight_decay=0.1)
-    a, b = seconds(ours.step, theirs.step, runs=3 if quick else 7)
-    row("optimizer, D-Adaptation, 100 M weights", 1000 * a, peer, 1000 * b, "ms", 1000 * least, invert=True, memory=[peak(ours.step), peak(theirs.step)])
+    a, b = seconds(ours.step, theirs.step, runs=3 if args.quick else 7)
+    memory = [peak(ours.step), peak(theirs.step)]
+    row("optimizer, D-Adaptation, 100 M weights", 1000 * a, peer, 1000 * b, "ms", 1000 * least, memory, invert=True)
 
 
 @row_of
-def ema(quick, limit):
+def ema(args, limit):
     """The moving average of 100 M weights: 3 numbers a weight read or written."""
     module = torch.nn.ParameterList(torch.randn(1024, 1024) for _ in range(96))
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     ours, theirs = EMA(module), AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    a, b = seconds(ours.update, lambda: theirs.update_parameters(module), runs=3 if quick else 7)
-    row("EMA, 100 M weights", 1000 * a, "torch", 1000 * b, "ms", 1000 * 3 * 4 * 96 * 2 ** 20 / limit["bytes"], invert=True)
+    a, b = seconds(ours.update, lambda: theirs.update_parameters(module), runs=3 if args.quick else 7)
+    row("EMA, 100 M weights", 1000 * a, "torch", 1000 * b, "ms", 1000 * 3 * 4 * 96 * 2 ** 20 / limit["moved"], invert=True)
 
 
 @row_of
-def start(quick, limit):
+def start(args, limit):
     """sample.py from the shell to its first frame (and to the end of its file), with the shipped model."""
     with tempfile.TemporaryDirectory() as directory:
         def run():
             subprocess.run([sys.executable, "sample.py", "--text", "a slow flute tune", "--duration", "0.02", "--overwrite",
                             "--out", f"{directory}/a.wav"], cwd=ROOT, check=True, capture_output=True)
-        row("start of sample.py to the first frame", seconds(run, runs=1 if quick else 3)[0], unit="s")
+        row("start of sample.py to the first frame", seconds(run, runs=1 if args.quick else 3)[0], unit="s")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Speed, beside peers and the machine's limits.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"any of {', '.join(ROWS)}; all of them by default")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), metavar="S", help=f"of language models: {', '.join(SHAPES)}")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), metavar="D", help=f"of their weights: {', '.join(DTYPES)}")
+    parser.add_argument("--contexts", nargs="+", type=int, metavar="N", help="positions before the frames that are timed")
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    args.shapes = args.shapes or (["tiny", "300 M"] if args.quick else list(SHAPES))
+    args.dtypes = args.dtypes or (["bf16", "int8"] if args.quick else list(DTYPES))
+    args.contexts = args.contexts or ([300, 1000] if args.quick else [300, 1000, 1700])
     found = limits()
     print("| what | ours | peer | ratio | of the limit | memory, ours / peer |\n| --- | --- | --- | --- | --- | --- |")
     for name in args.rows or ROWS:
-        ROWS[name](args.quick, found)
+        ROWS[name](args, found)
         gc.collect()
 
 
