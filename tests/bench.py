@@ -250,7 +250,7 @@ def codec(args, limit):
     duration, runs = (5, 2) if args.quick else (30, 3)
     wav = 0.1 * torch.randn(1, 1, duration * 32000)
     codes = torch.randint(2048, (1, 4, duration * 50))
-    for name in ("fp32", "bf16"):
+    for name in ("fp32", "bf16"):     # in this order: what is folded to bfloat16 stays rounded
         ours.fold(DTYPES[name])
         theirs = theirs.to(DTYPES[name])
         pairs = {"encode": [lambda: ours.encode(wav), lambda: theirs.encode(wav.to(theirs.dtype), return_dict=False)],
@@ -288,7 +288,7 @@ def train(args, limit):
     sequence = lm.pattern.build(codes, lm.special, True)[0]          # (B, K, T + 1)
     inputs, labels = sequence[..., :-1].reshape(B * 4, T), sequence[..., 1:].transpose(1, 2)
     products = 3 * B * (12 * c.num_layers * c.dim ** 2 * (T + 100) + c.n_q * c.card * c.dim * T)
-    for name in ("bf16",) if args.quick else ("fp32", "bf16"):
+    for name in set(args.dtypes) - {"int8"}:
         def run(loss, module):
             with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
                 value = loss()
