@@ -274,7 +274,7 @@ class EncodecModel(nn.Module):
 
 # --- long audio: the same layers, piece by piece -----------------------------------------------------------
 
-PIECE = 250  # frames of a piece when audio is coded piece by piece: more takes more memory and is hardly faster
+PIECE = 150  # frames of a piece when audio is coded piece by piece: more takes more memory and is hardly faster
 
 
 def stream(layers, pieces):

@@ -617,6 +617,9 @@ def kernels():
     library.product.argtypes = [ctypes.c_int, *[P] * 5, ctypes.c_int, *[P] * 2, *[L] * 3]
     library.attend.argtypes = [ctypes.c_int, *[P] * 3, L, *[P] * 7, *[L] * 5]
     library.decode.argtypes = [ctypes.c_int, P, L, *[P] * 4, *[L] * 7]
+    D = ctypes.c_double
+    library.dadapt_moments.argtypes, library.dadapt_step.argtypes = [*[P] * 4, L, *[D] * 4, P], [*[P] * 3, L, D, D]
+    library.dadapt_moments.restype = library.dadapt_step.restype = None
     library.product.restype = library.attend.restype = library.decode.restype = None
     return library
 

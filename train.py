@@ -43,7 +43,7 @@ from data.measures import (chroma_of, codebook_use, compare_chroma, evaluate, ge
 from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, get_batch
 from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
                      generator_losses)
-from lm import LMModel
+from lm import LMModel, kernels, places
 from rvq import process_count, rank
 from sample import MusicGen
 
@@ -72,15 +72,13 @@ def local(tensors):
 def sum_of_squares(tensors, a):
     """sum(x^2 / a) over all entries of all tensors."""
     ratio = torch._foreach_div(tensors, a)
-    if len(tensors) == 1:  # what the CPU has here; norms are slow there
-        return ratio[0].flatten() @ tensors[0].flatten()
     torch._foreach_mul_(ratio, tensors)
     return sum_of_sizes(ratio)
 
 
 def sum_of_sizes(tensors):
     """sum|x| over all entries of all tensors."""
-    return tensors[0].abs().sum() if len(tensors) == 1 else torch.stack(torch._foreach_norm(tensors, 1)).sum()
+    return torch.stack(torch._foreach_norm(tensors, 1)).sum()
 
 
 class DAdaptAdam(torch.optim.Optimizer):
@@ -124,15 +122,20 @@ class DAdaptAdam(torch.optim.Optimizer):
         lam = d * group["lr"]
 
         sums = torch.zeros(3, device=d.device)
-        for g_, m_, v_, s_ in in_parts(g, m, v, s):
-            torch._foreach_mul_(v_, b2)
-            torch._foreach_addcmul_(v_, g_, g_, 1 - b2)
-            a = torch._foreach_sqrt(v_)
+        plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in weights + g)
+        one_pass = kernels() if plain else None
+        if one_pass:    # the same formulas in kernels.c, which reads memory once
+            for tensors in zip(g, m, v, s):
+                one_pass.dadapt_moments(*places(*tensors), tensors[0].numel(), lam, b1, b2, group["eps"], *places(sums))
+        else:
+            torch._foreach_mul_(v, b2)
+            torch._foreach_addcmul_(v, g, g, 1 - b2)
+            a = torch._foreach_sqrt(v)
             torch._foreach_add_(a, group["eps"])
-            step = torch._foreach_mul(g_, lam)
-            torch._foreach_lerp_(m_, step, 1 - b1)
-            torch._foreach_lerp_(s_, step, 1 - b2)
-            sums += torch.stack([sum_of_squares(g_, a), sum_of_squares(s_, a), sum_of_sizes(s_)])
+            step = torch._foreach_mul(g, lam)
+            torch._foreach_lerp_(m, step, 1 - b1)
+            torch._foreach_lerp_(s, step, 1 - b2)
+            sums = torch.stack([sum_of_squares(g, a), sum_of_squares(s, a), sum_of_sizes(s)])
         if hasattr(params[0], "device_mesh"):  # other processes hold the other shards
             dist.all_reduce(sums, group=params[0].device_mesh.get_group())
         g_sum, s_sum, s_size = sums
@@ -142,24 +145,14 @@ class DAdaptAdam(torch.optim.Optimizer):
         d_hat = (s_sum / (1 - b2) - r_next) / s_size
         r.copy_(torch.where(seen, r_next, r))
         d.copy_(torch.where(seen, torch.maximum(d, torch.minimum(d_hat, d * group["growth_rate"])), d))
-        for w_, m_, v_ in in_parts(weights, m, v):
-            a = torch._foreach_sqrt(v_)
-            torch._foreach_add_(a, group["eps"])
-            if group["weight_decay"]:  # as a difference: early on 1 - decay lam would round to 1
-                torch._foreach_sub_(w_, torch._foreach_mul(w_, group["weight_decay"] * lam * seen))
-            torch._foreach_addcdiv_(w_, m_, a, value=-1)
-
-
-def in_parts(*lists, numbers=2 ** 18):
-    """Lists of tensors of equal shapes -> the same in parts: on the CPU what fits its cache, so that a chain of
-    operations reads memory once; elsewhere all at once, so that there are few of them."""
-    if lists[0][0].device.type != "cpu":
-        yield lists
-        return
-    for tensors in zip(*lists):
-        flat = all(t.is_contiguous() for t in tensors)
-        for parts in zip(*(t.view(-1).split(numbers) for t in tensors)) if flat else [tensors]:
-            yield [[part] for part in parts]
+        shrink = group["weight_decay"] * lam * seen
+        if one_pass:
+            for tensors in zip(weights, m, v):
+                one_pass.dadapt_step(*places(*tensors), tensors[0].numel(), shrink, group["eps"])
+            return
+        if group["weight_decay"]:  # as a difference: early on 1 - decay lam would round to 1
+            torch._foreach_sub_(weights, torch._foreach_mul(weights, shrink))
+        torch._foreach_addcdiv_(weights, m, a, value=-1)
 
 
 class Muon(torch.optim.Optimizer):

@@ -207,3 +207,24 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setattr(L.shutil, "which", lambda name: "/nowhere/cc")
     assert L.kernels.__wrapped__() is None and not list(tmp_path.rglob("*.so*"))
+
+
+# --- the optimizer --------------------------------------------------------------------------------------------------
+
+@needs_kernels
+def test_a_step_of_d_adaptation_in_one_pass_is_that_of_its_formulas(monkeypatch):
+    """Weights of several sizes, one of them more than a block of kernels.c; gradients of zero at first."""
+    import train
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((3,), (40, 500), (7, 5))]
+        optimizer = train.DAdaptAdam(weights, betas=(0.9, 0.95), weight_decay=0.1)
+        for step in range(12):
+            for p in weights:
+                p.grad = torch.randn(p.shape, generator=generator) * (step > 0)
+            optimizer.step()
+        return optimizer.param_groups[0]["d"], *weights
+    found = run()
+    monkeypatch.setattr(train, "kernels", lambda: None)
+    for x, y in zip(found, run()):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
