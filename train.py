@@ -881,7 +881,12 @@ def activation_bytes(config: Config) -> float:
     """
     T = config.segment_frames
     if config.task == "codec":  # each stage keeps about ten arrays of its output's size; all stages are of like size
-        return 4 * 10 * (len(config.ratios) + 1) * 2 * config.n_filters * T * config.stride
+        L = T * config.stride
+        layers = 4 * 10 * (len(config.ratios) + 1) * 2 * config.n_filters * L
+        # Judges see wave and reconstruction twice: 2 L cells of a spectrogram, 2 L filters in the maps that get
+        # narrower, each before and after its activation.
+        judges = 4 * (2 * 2) * 2 * (2 * 2 * L * config.disc_filters) * len(config.disc_windows)
+        return layers + judges * bool(config.adv or config.feat)
     S = T + config.n_q + (config.chroma_frames if config.melody == "prepend" else 0) + 64 * (config.text == "prepend")
     half = 4 if config.dtype == "float32" else 2
     layer = S * config.dim * (4 * 4 + half * (5 + 2 * config.hidden_scale))

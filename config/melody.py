@@ -73,3 +73,6 @@ dtype = "bfloat16"             # the original: float16 with a gradient scaler; t
 # sampling
 top_k = 250
 temperature = 1.0
+
+# memory: eight GPUs of 80 GB hold it so (see --plan); 32 of them and more are a quarter faster with False
+checkpointing = True

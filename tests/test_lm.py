@@ -230,13 +230,13 @@ def test_the_configurations_say_what_the_paper_says():
         dimension=128, lstm=2, batch_size=192, epochs=500, updates_per_epoch=2000, optim="dadam", lr=1.0, betas=(0.9, 0.95), eps=1e-8,
         weight_decay=0.1, max_norm=1.0, ema_decay=0.99, ema_every=10, warmup=4000, lr_min_ratio=0.0, cycle_length=1.0,
         top_k=250, temperature=1.0)
-    assert melody == expected | dict(out_dir="out/melody", dtype="bfloat16")
+    assert melody == expected | dict(out_dir="out/melody", dtype="bfloat16", checkpointing=True)
     resolved = load(["config/melody.py"])
     assert (resolved.hop, 2 ** resolved.radix2_exp, resolved.chroma_frames, resolved.stride, resolved.segment_frames) == (
         4096, 16384, 235, 640, 1500)
     text = load(["config/text.py"])
     differs = {key for key, value in dataclasses.asdict(text).items() if value != getattr(resolved, key)}
-    assert differs == {"out_dir", "melody", "text", "dim", "num_heads", "num_layers", "word_dropout", "cfg_dropout"}
+    assert differs == {"out_dir", "checkpointing", "melody", "text", "dim", "num_heads", "num_layers", "word_dropout", "cfg_dropout"}
     assert (text.melody, text.text, text.dim, text.num_heads, text.num_layers, text.word_dropout, text.cfg_dropout) == (
         "none", "cross", 1024, 16, 24, 0.3, 0.3)
 

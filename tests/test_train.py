@@ -516,14 +516,20 @@ def test_a_tuned_model_keeps_the_length_of_melodies_that_it_knows(lm_run, data, 
 
 def test_the_plan_of_the_melody_model_agrees_with_a_hand_calculation(capsys):
     """1,385.6 M weights: 48 layers of 12 D^2 + 4 D = 1,359.2 M; K (V + 1) D + K V D = 25.2 M; T5's 768 D + D and
-    chroma's 12 D + D: 1.2 M. At 4 bytes 5.5 GB, three times that for m, v and s. 30 s are 1,500 frames."""
+    chroma's 12 D + D: 1.2 M. At 4 bytes 5.5 GB, three times that for m, v and s. 30 s are 1,500 frames.
+    An item has S = 1,500 + 4 frames, 235 of melody, 64 of text, and keeps the input of every layer, 48 x 4 S D = 0.53 GB;
+    one layer in full, (4 x 4 + 2 (5 + 8)) S D = 0.12 GB; logits four times, 0.20 GB. 24 items 20.3 GB, all 53.5 GB."""
     D, K, V = 1536, 4, 2048
     weights = 48 * (12 * D * D + 4 * D) + K * (V + 1) * D + K * V * D + 2 * D + (768 + 1) * D + (12 + 1) * D
     figures = training.plan(training.load([str(ROOT / "config" / "melody.py")]), processes=8, device_bytes=80e9)
     assert figures["parameters"] == figures["trained"] == weights
     assert figures["weights"] == figures["gradients"] == figures["ema"] == 4 * weights
     assert figures["optimizer"] == 12 * weights and figures["tokens_per_update"] == 192 * 4 * 1500
-    assert "1,385.6 M" in capsys.readouterr().out
+    S = 1500 + 4 + 235 + 64
+    assert figures["activations"] == 24 * (48 * 4 * S * D + (16 + 26) * S * D + 4 * 4 * 1500 * K * V)
+    assert 53.4e9 < figures["together"] < 53.6e9
+    told = capsys.readouterr().out
+    assert "1,385.6 M" in told and "it fits" in told
 
 
 def test_evaluation_of_language_model_and_codec(lm_run, codec_run, data):
