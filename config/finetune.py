@@ -5,7 +5,11 @@
     python train.py config/finetune.py --data_dir=data/mine --out_dir=out/mine
     python sample.py --checkpoint out/mine --text "..." --melody tune.mp3
 
-The architecture is the checkpoint's, whatever is set here. To tune all weights: lora_rank = 0, lr = 1e-5.
+The architecture is the checkpoint's, whatever is set here. To tune all weights: lora_rank = 0, lr = 1e-5. From a
+checkpoint of your own, or the shipped one, rate and codec are those of its training:
+
+    python data/prepare.py FOLDER --out data/mine --config config/tiny.py --codec checkpoints/tiny/codec
+    python train.py config/finetune.py --init_from=checkpoints/tiny --segment_duration=5.12
 """
 task = "lm"
 init_from = "facebook/musicgen-melody"  # or the out_dir of a run of your own
