@@ -340,6 +340,7 @@ class Cache:
     def through(self, layers, x, angles, mask, conditions: Conditions):
         """x (B, S, D) through all layers."""
         for self.n, layer in enumerate(layers):
+            self.keys, self.values = self.k[self.n], self.v[self.n]     # of this layer
             if conditions.cross is not None and self.n not in self.cross:
                 self.cross[self.n] = layer.cross.keys_values(conditions.cross)
             x = layer(x, angles, mask, self, self.cross.get(self.n), conditions.cross_mask)
@@ -364,14 +365,14 @@ class Cache:
     def attend(self, q, k, v, mask):
         """Store k, v (B, H, S, E) behind what is there, and attend from q (B, H, S, E) to all of it."""
         S, start = q.shape[2], self.length
-        self.k[self.n, :, :, :, start:start + S] = k.transpose(2, 3)
-        self.v[self.n, :, :, start:start + S] = v
+        self.keys[..., start:start + S] = k.transpose(2, 3)
+        self.values[..., start:start + S, :] = v
         if start == 0:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        scores = q @ self.k[self.n, ..., :start + S] * q.shape[-1] ** -0.5              # (B, H, 1, length)
+        scores = q @ self.keys[..., :start + S] * q.shape[-1] ** -0.5              # (B, H, 1, length)
         if mask is not None:
             scores = scores + mask
-        return scores.softmax(-1) @ self.v[self.n, :, :, :start + S]
+        return scores.softmax(-1) @ self.values[..., :start + S, :]
 
     def end(self, P: int, S: int):
         self.length += P + S
@@ -463,8 +464,8 @@ def generate(lm: LMModel, passes: list[Conditions], T: int, seeds: list[int], pr
 #
 # One step of decoding reads every weight and the whole cache, and multiplies them with two rows, those of guidance:
 # its limit is the memory, which the usual products do not reach. `quicken` puts `QuickLinear` in the place of every
-# Projection: weights in float32, bfloat16 or int8 (each row with a scale), multiplied in float32 by kernels.c, which is
-# compiled when it is first needed. `QuickCache` holds keys and values likewise. Without a C compiler the fastest of
+# Projection: weights in float32, bfloat16 or int8 (each row with a scale), multiplied by kernels.c, which is compiled
+# when it is first needed. `QuickCache` holds keys and values likewise. Without a C compiler the fastest of
 # torch's own products takes its place.
 
 FEW = 32    # rows up to which a product waits for the weights rather than for the arithmetic
@@ -479,6 +480,7 @@ class QuickLinear(nn.Module):
         weight, scale = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype), None)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        self.many = torch.bfloat16 if dtype != torch.float32 and has_bfloat16() else torch.float32    # of products of many rows
 
     def forward(self, x, rows=None):
         weight, scale = self.weight, self.scale
@@ -498,8 +500,7 @@ class QuickLinear(nn.Module):
             return torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale.bfloat16()).view(*x.shape[:-1], R).float()
         if few and weight.dtype == torch.float32:
             return (weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], R)
-        x = x.bfloat16() if weight.dtype != torch.float32 and has_bfloat16() else x
-        y = F.linear(x, weight.to(x.dtype)).float()
+        y = F.linear(x.to(self.many), weight.to(self.many)).float()
         return y if scale is None else y * scale
 
 
@@ -586,7 +587,6 @@ def pick_dtype(name: str, device) -> str:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
 
 
-@functools.cache
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself."""
     return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # torch before 2.10 cannot tell
