@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import UserError, blaming, run
+from config import CHOICES, UserError, blaming, run
 
 PITCH_CLASSES = "C C# D D# E F F# G G# A A# B".split()
 
@@ -107,6 +107,8 @@ def chroma_agreement(chroma_a, chroma_b) -> float:
 
 def pick_stem(stem: str) -> str:
     """"auto" -> "demucs" where that package is installed, else "hpss". Raises UserError when demucs is not there."""
+    if stem not in CHOICES["stem"]:
+        raise UserError(f"stem = {stem!r}: must be one of {', '.join(CHOICES['stem'])}")
     installed = importlib.util.find_spec("demucs") is not None
     if stem == "demucs" and not installed:
         raise UserError("stem = 'demucs': that package is not installed; pip install demucs, or use stem = 'hpss'")

@@ -117,7 +117,8 @@ class T5Conditioner(nn.Module):
 
 def new_t5(config) -> nn.Module:
     """T5's encoder with random weights, of a T5Config."""
-    from transformers import T5EncoderModel
+    with torch.device("cpu"):  # where "meta" is the default, torch 2.6 fails at what transformers imports of it
+        from transformers import T5EncoderModel
     t5 = T5EncoderModel(config)
     t5.set_input_embeddings(t5.shared)      # one module under two names: it stays one whatever is loaded into it
     return t5

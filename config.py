@@ -390,11 +390,14 @@ def run(main, *args):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        return main(*args)
+        result = main(*args)
+        sys.stdout.flush()
+        return result
     except UserError as error:
         sentence = error
-    except BrokenPipeError:
-        sys.exit(1)  # `| head` closed the pipe
+    except BrokenPipeError:  # `| head` closed the pipe; Python would flush once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         sentence = f"{error.filename}: {error.strerror}" if error.filename else error
     except (RuntimeError, MemoryError) as error:  # on the CPU torch has no kind of its own

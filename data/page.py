@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
 from chroma import ChromaExtractor, chroma_agreement, match_length, separate
-from config import Config, Parser, UserError, read_json, run, write_atomic
+from config import Config, Parser, UserError, blaming, read_json, run, write_atomic
 from data.audio import read_audio
 
 WIDTH, HEIGHT = 1000, 150       # pixels of a spectrogram, at most
@@ -155,9 +155,10 @@ def write_page(path, outs, command: str = ""):
     melodies, results = {}, []     # melody and how it is heard -> (wav, chroma); HTML
     for out in map(Path, outs):
         told = read_json(out.with_suffix(".json"))
-        if not isinstance(told.get("config"), dict):
-            raise UserError(f"{out.with_suffix('.json')}: not written by sample.py, it has no configuration")
-        config = Config(**told["config"])
+        with blaming(f"{out.with_suffix('.json')}: not written by sample.py"):
+            config, settings = Config(**told["config"]), dict(told.get("settings") or {})
+            for key in ("text", "melody", "stem", "command"):
+                assert isinstance(told.get(key, ""), str), f"its {key} is no text"
         rate, stem = config.sample_rate, told.get("stem") or config.stem
         extract = {argmax: ChromaExtractor(rate, config.n_chroma, config.radix2_exp, argmax) for argmax in (False, True)}
         wav, asked = read_audio(out, rate, config.channels), None                       # (C, L)
@@ -171,9 +172,9 @@ def write_page(path, outs, command: str = ""):
         heard = extract[False](separate(wav, rate, stem if told.get("melody") else "none"))[0]
         results.append(result_card(told, wav, asked, heard, rate, out.stem))
     cards = [melody_card(Path(key[0]), *value) for key, value in melodies.items()]
-    rows = {"checkpoint": told.get("checkpoint", ""), "duration": f"{told.get('duration')} s", **(told.get("settings") or {}),
+    rows = {"checkpoint": told.get("checkpoint", ""), "duration": f"{told.get('duration')} s", **settings,
             "torch": told.get("torch", "")}
-    table = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(x))}</td></tr>" for name, x in rows.items())
+    table = "".join(f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(x))}</td></tr>" for name, x in rows.items())
     again = f"<pre>{html.escape(command)}</pre>" if command else ""
     made = f"<section><h2>How it was made</h2><table>{table}</table>{again}</section>"
     count = f"{len(results)} piece{'s' * (len(results) > 1)} of music"
@@ -181,7 +182,7 @@ def write_page(path, outs, command: str = ""):
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>nanoMusicGen: {count}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>
 <body><h1>nanoMusicGen</h1><p>{count}</p>{"".join(cards)}{"".join(results)}{made}<script>{SCRIPT}</script></body></html>
-""".encode())
+""".encode(errors="replace"))
 
 
 def main(argv):

@@ -64,10 +64,12 @@ class AudioCrops:
         self.config, self.paths, self.seconds = config, [], []
         for name in sorted(part(names)):
             try:
+                assert (folder / name).is_file(), "not a file"  # a pipe, say, which would be waited for
                 info = soundfile.info(os.fsencode(folder / name))
                 assert info.frames > 0, "empty"
                 self.paths.append(folder / name)
-                self.seconds.append(info.frames / info.samplerate)
+                # no more than its bytes can hold: a header may claim ages, and nothing else would be drawn
+                self.seconds.append(min(info.frames / info.samplerate, os.path.getsize(folder / name) / 100))
             except (RuntimeError, OSError, AssertionError) as error:
                 print(f"skipped {folder / name}: {error}", file=sys.stderr)
         if split == "train" and not self.paths:
@@ -80,8 +82,8 @@ class AudioCrops:
     def item(self, rng, train: bool) -> dict:
         """One crop of segment_duration; a shorter file is followed by silence, a damaged one gives way to another."""
         config, L = self.config, round(self.config.segment_duration * self.config.sample_rate)
-        for _ in range(20):
-            n = pick(self.sums, rng)
+        for attempt in range(20):
+            n = rng.integers(len(self)) if attempt else pick(self.sums, rng)
             start = rng.random() * max(0.0, self.seconds[n] - config.segment_duration)
             start = int(start * config.sample_rate) / config.sample_rate
             try:

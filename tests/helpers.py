@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -104,7 +105,7 @@ def limits(seconds: int, memory: int):
             signal.signal(number, handler)
 
 
-def command(main, *argv, cwd=None, seconds=60, memory=2 ** 30) -> Result:
+def command(main, *argv, cwd=None, seconds=120, memory=2 ** 30) -> Result:
     """Runs main(argv) in this process: quick, for commands that leave nothing behind."""
     sys.stdout.flush(), sys.stderr.flush()
     kept, streams, place, begun = [os.dup(n) for n in range(3)], (sys.stdin, sys.stdout, sys.stderr), os.getcwd(), time.monotonic()
@@ -127,7 +128,7 @@ def command(main, *argv, cwd=None, seconds=60, memory=2 ** 30) -> Result:
         return Result(code, *map(text_of, (out, err)), time.monotonic() - begun)
 
 
-def start(main, *argv, cwd=None, seconds=60, memory=2 ** 30, before=None, out=None, err=None) -> int:
+def start(main, *argv, cwd=None, seconds=120, memory=2 ** 30, before=None, out=None, err=None) -> int:
     """Forks a child that runs main(argv) -> its pid. memory: bytes it may take beyond what this process has."""
     sys.stdout.flush(), sys.stderr.flush()
     pid = os.fork()
@@ -163,6 +164,15 @@ def forked(main, *argv, **options) -> Result:
         to_out.close(), to_err.close()
         texts = [file.read().decode("utf-8", "backslashreplace") for file in (out, err)]
         return Result(code, *texts, time.monotonic() - begun)
+
+
+def two_of(main, *argv, err) -> list[int]:
+    """Two processes of one run, as torchrun would start them, with their files for stderr -> their pids."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [start(main, *argv, memory=2 ** 32, err=err[rank], before=lambda: os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))) for rank in (0, 1)]
 
 
 @contextlib.contextmanager

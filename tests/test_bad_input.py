@@ -3,7 +3,7 @@ that names the file or flag and the way out, with exit code 2 and nothing damage
 
     python -m pytest tests/test_bad_input.py
 
-Every case is a command run in a child process that may take 60 s and 1 GB (see helpers.py). `prepare` goes on
+Every case is a command run in a child process that may take two minutes and 1 GB (see helpers.py). `prepare` goes on
 without the files that it cannot use: exit code 1 and a list of them.
 """
 import functools
@@ -31,11 +31,13 @@ from safetensors.torch import load_file, save_file
 import chroma
 import encodec
 import lm as L
+import page
 import patterns
 import prepare
 import sample as S
 import train
 from config import Config, UserError
+from data.segments import AudioCrops
 from helpers import (CODEC, LM, RATE, ROOT, TRAIN, Result, TRAIN_CODEC, command, either, flags, forked, preparing, refused, sampling, snapshot, tone,
                      worked, world)  # noqa: F401
 
@@ -169,6 +171,36 @@ def test_the_corpus_in_one_folder_prepared(world, corpus, tmp_path):  # noqa: F8
 def test_audio_in_the_demos(corpus, demo, name):
     result = command(demo, corpus / name)
     worked(result) if name in GOOD else refused(result, name)
+
+
+def test_a_codec_trains_on_what_can_be_read_of_the_corpus(world, corpus, tmp_path):  # noqa: F811
+    (tmp_path / "train").symlink_to(corpus)
+    result = forked(train.main, *flags(TRAIN_CODEC, data_dir=tmp_path, out_dir=tmp_path / "run"))
+    assert result.code == 0 and "Traceback" not in result.err, result
+    assert all(f"/{name}: " in result.err for name in ("empty.wav", "text.wav", "page.mp3", "header alone.wav", "0 channels.wav", *ODD))
+
+
+@pytest.mark.parametrize("name", ["empty.wav", "text.wav", "no samples.wav", *ODD])
+def test_a_codec_does_not_train_on_nothing(tmp_path, name):
+    (tmp_path / "music").mkdir()
+    if name in ODD:
+        write_odd(tmp_path / "music" / name, ODD[name])
+    else:
+        (tmp_path / "music" / name).write_bytes(BAD[name])
+    result = forked(train.main, *flags(TRAIN_CODEC, data_dir="music", out_dir="run"), cwd=tmp_path, seconds=20)
+    assert result.code == 2 and "Traceback" not in result.err and "no readable" in result.sentences[-1], result
+    assert f"skipped music/{name}: " in result.err and not (tmp_path / "run").exists()
+
+
+def test_a_header_that_claims_ages_does_not_crowd_out_the_music(tmp_path):
+    (tmp_path / "train").mkdir()
+    for n in range(4):
+        (tmp_path / "train" / f"{n}.wav").write_bytes(encoded(seconds=2.0, seed=n))
+    (tmp_path / "train" / "ages.wav").write_bytes(GOOD["claims 2^60 samples.w64.wav"])
+    (tmp_path / "train" / "more.wav").write_bytes(UNSURE["claims 2^60 samples.caf.wav"])
+    data = AudioCrops(Config(**TRAIN_CODEC | dict(data_dir=str(tmp_path))), "train")
+    drawn = [data.item(np.random.default_rng(n), True)["where"] for n in range(40)]
+    assert all(any(f"/{n}.wav" in where for where in drawn) for n in range(4))
 
 
 # --- names, and words -------------------------------------------------------------------------------------------------
@@ -456,7 +488,7 @@ CONFIGS = {  # what is done to our config.json
     "kernel_size": values(kernel_size=HUGE), "text of 10 MB": values(pad_mode="x" * 10_000_000), "key of 1 MB": values(**{"x" * 1_000_000: 1}), "long number": lambda data: data.replace(b"8000", b"9" * 5000), "code": values(pad_mode="__import__('os').system('touch ran')"),
 }
 LM_CONFIGS = {  # of a language model
-    "dim": values(dim=HUGE), "dim odd": values(dim=17), "dim other": values(dim=32), "dim largest": values(dim=2 ** 16), "num_layers": values(num_layers=HUGE), "num_layers most": values(num_layers=1024), "hidden_scale": values(hidden_scale=HUGE), "heads": values(num_heads=3),
+    "dim": values(dim=HUGE), "dim odd": values(dim=17), "dim other": values(dim=32), "dim largest": values(dim=2 ** 16), "num_layers": values(num_layers=HUGE), "num_layers more": values(num_layers=200), "hidden_scale": values(hidden_scale=HUGE), "heads": values(num_heads=3),
     "t5_layers": values(t5_layers=HUGE), "t5_dim": values(t5_dim=HUGE), "t5 folder": values(t5="/etc"), "t5 above": values(t5="../../.."), "t5 hub": values(t5="nobody/there-is-none"), "t5 odd": values(t5="-rf /; x"), "n_chroma": values(n_chroma=HUGE), "n_chroma 0": values(n_chroma=0),
     "delays": values(delays=[0, 1, 2, HUGE]), "delays few": values(delays=[0]), "delays negative": values(delays=[0, -1, 0, 0]), "radix2_exp": values(radix2_exp=60), "text": values(text="sideways"), "melody": values(melody="cross"), "no melody": values(melody="none"), "pattern": values(pattern="spiral"),
     "segment_duration": values(segment_duration=1e300), "positional": values(positional_embedding="none"), "channels": values(channels=9), "temperature": values(temperature=-1), "qk": values(qk_layer_norm=True),
@@ -785,6 +817,28 @@ def test_demos_run_from_anywhere(tmp_path, name):
     assert result.out and not list(tmp_path.iterdir())
 
 
+RESULTS = {  # what is done to the JSON beside a result: does a listening page come of it?
+    **{name: (harm, False) for name, harm in TEXTS.items() if name != "flipped"},
+    "no config": (values(config=None), False), "config list": (values(config=[1]), False), "config unknown key": (values(config={"colour": 1}), False), "config type": (values(config={"dim": "x"}), False),
+    "config huge": (values(config={"radix2_exp": 60}), False), "text number": (values(text=3), False), "melody number": (values(melody=3), False), "melody list": (values(melody=["x"]), False), "command number": (values(command=3), False),
+    "stem unknown": (values(melody="x.wav", stem="vocals"), False), "settings text": (values(settings="x"), False), "melody gone": (values(melody="gone.wav"), False), "melody no audio": (values(melody="/etc/passwd"), False),
+    "melody nul": (values(melody="a\0b"), False), "rate other": (values(config={"sample_rate": 1000}), True), "surrogates": (values(text="\ud800", settings={"\ud800": "\udfff"}), True), "markup": (values(text="<script>", settings={"<script>": "<script>"}, duration="<script>", torch="<script>", seed="<script>", checkpoint="<script>"), True),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_pages_of_strange_results(world, model, tmp_path, name):  # noqa: F811
+    harm, works = RESULTS[name]
+    worked(sampling(world, "--out", "x.wav", "--text", "a tune", cwd=tmp_path))
+    (tmp_path / "x.json").write_bytes(harm((tmp_path / "x.json").read_bytes()))
+    result = command(page.main, "page", "x.wav", cwd=tmp_path)
+    told_by_itself = name in ("config type", "config huge", "stem unknown", "melody gone", "melody no audio", "melody nul")  # the key or the melody
+    worked(result) if works else refused(result, "" if told_by_itself else "x.json")
+    assert (tmp_path / "page").exists() == works
+    if works:
+        assert (tmp_path / "page" / "index.html").read_bytes().count(b"<script>") == 1, "ours alone"
+
+
 # --- prepared data of strangers, and runs to resume -----------------------------------------------------------------------------
 
 def tracks(**changes):
@@ -1024,6 +1078,31 @@ def test_ten_minutes_of_a_slow_model():
     chroma = torch.nn.functional.one_hot(torch.arange(5000) % 12, 12).float()
     wav = model.generate(["x"], duration=600.0) if chroma is None else model.decode(model.generate_codes(["x"], [chroma], duration=600.0), 600.0)
     assert wav.shape == (1, 1, 600 * 8000) and wav.isfinite().all()
+
+
+def test_a_codec_trains_on_silence(tmp_path):
+    (tmp_path / "music").mkdir()
+    (tmp_path / "music" / "silent.wav").write_bytes(encoded(wave=np.zeros((4000, 1))))
+    result = forked(train.main, *flags(TRAIN_CODEC, data_dir="music", out_dir="run", adv=1.0, feat=1.0, disc_windows=(64,), disc_filters=2), cwd=tmp_path)
+    worked(result)
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "model.safetensors").values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("batch", [dict(descriptions=[]), dict(descriptions=[], melodies=[]), dict(descriptions=["a"], melodies=[]), dict(descriptions=["a"], melodies=[torch.zeros(1, 0)]),
+                                   dict(descriptions=["a"], seeds=[]), dict(descriptions=["a"], prompt=torch.zeros(1, 0)), dict(descriptions=["a"], melodies=[torch.full((1, 99), math.nan)])], ids=repr)
+def test_empty_batches_are_told(loaded, batch):
+    with pytest.raises(UserError):
+        loaded.generate(**batch, duration=0.05)
+
+
+@pytest.mark.parametrize("out, code", [("closed", 1), ("full", 2)])
+def test_nobody_listens_to_what_is_said(out, code):
+    """`| head` has gone, or stdout is on a full disk."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") if out == "closed" else open("/dev/full", "w") as stream:
+        result = subprocess.run([sys.executable, ROOT / "config.py", ROOT / "config" / "melody.py"], stdout=stream, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert result.returncode == code and "Traceback" not in result.stderr and ("No space" in result.stderr) == (out == "full"), result
 
 
 # --- the same, as a shell would do it ----------------------------------------------------------------------------------------------------

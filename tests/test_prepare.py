@@ -5,8 +5,6 @@
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from chroma import ChromaExtractor, separate  # noqa: E402
 from config import Config, UserError  # noqa: E402
 from data.audio import read_audio  # noqa: E402
 from encodec import EncodecModel  # noqa: E402
+from helpers import text_of, two_of  # noqa: E402
 
 SR, STRIDE, HOP = 8000, 64, 256  # the grid of segments is lcm(64, 256) = 256 samples
 
@@ -208,33 +207,23 @@ def test_finished_work_is_not_done_again_and_captions_are_read_anew(folder, code
     assert list(tracks(tmp_path / "out")[0]) == ["a.wav"]
 
 
-def start(folder, out, codec_dir, world):
-    """The processes that torchrun would start."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, ROOT / "data/prepare.py", folder, "--out", out, "--codec", codec_dir,
-               "--radix2_exp", "10"]
-    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | dict(
-        OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port))) for rank in range(world)]
-
-
 def test_two_processes_one_of_them_killed(folder, codec_dir, reference, tmp_path):
-    zero, one = start(folder, tmp_path, codec_dir, 2)
-    log = prepare.shard_files(tmp_path, 1)[2]
-    while one.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.005)
-    one.send_signal(signal.SIGKILL)
-    one.communicate()
-    _, error = zero.communicate(timeout=60)
-    assert zero.returncode == 2 and "run the same command again" in error and "Traceback" not in error
-    kept = log.read_bytes().splitlines()[0]
-    processes = start(folder, tmp_path, codec_dir, 2)
-    errors = [process.communicate(timeout=100)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    out = tmp_path / "out"
+    argv, log = [folder, "--out", out, "--codec", codec_dir, "--radix2_exp", "10"], prepare.shard_files(out, 1)[2]
+    with open(tmp_path / "zero", "w+b") as zero, open(tmp_path / "one", "w+b") as one:
+        def ends(pids):
+            return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        pids = two_of(prepare.main, *argv, err=(zero, one))
+        while not (log.exists() and log.stat().st_size):
+            time.sleep(0.002)
+        os.kill(pids[1], signal.SIGKILL)
+        begun, codes, told = time.monotonic(), ends(pids), text_of(zero)
+        assert codes == [2, -signal.SIGKILL] and time.monotonic() - begun < 60, told
+        assert "run the same command again" in told and "Traceback" not in told
+        kept = log.read_bytes().splitlines()[0]
+        assert ends(two_of(prepare.main, *argv, err=(zero, one))) == [0, 0], text_of(zero) + text_of(one)
     assert log.read_bytes().splitlines()[0] == kept
-    data, index = tracks(tmp_path)
+    data, index = tracks(out)
     assert index["shards"] == 2 and same(data, reference[0])
 
 
