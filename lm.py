@@ -302,8 +302,8 @@ SCALE = ".scale"    # beside an int8 matrix: what its rows are to be multiplied 
 
 def quantize_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., rows, columns) -> int8 of the same shape, and the scale (..., rows) that brings it back."""
-    scale = weight.float().abs().amax(-1).clamp(min=1e-12) / 127
-    return (weight / scale[..., None]).round().to(torch.int8), scale
+    scale = weight.abs().amax(-1).float().clamp(min=1e-12) / 127
+    return (weight / scale[..., None]).round_().to(torch.int8), scale
 
 
 def codebook_cross_entropy(logits, codes, mask) -> torch.Tensor:

@@ -240,7 +240,8 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
             if name in int8 and tensor.is_floating_point() and tensor.dim() == 2:
                 tensor, tensors[name + SCALE] = quantize_rows(tensor)
             cast = dtype is not None and tensor.is_floating_point() and not name.endswith(SCALE)
-            tensors[name] = tensor.to(dtype) if cast else tensor
+            # int8: nothing may hold on to the file, whose pages count as memory
+            tensors[name] = tensor.to(dtype, copy=bool(int8)) if cast else tensor
         for name in [name for name in tensors if name + SCALE in tensors]:
             scale = tensors[name + SCALE]
             if scale.shape != tensors[name].shape[:1] or not scale.is_floating_point():
