@@ -1,7 +1,7 @@
 """The text + melody model at a size that two CPU cores train: 5-second segments at 16 kHz.
 
     python train.py config/tiny_codec.py
-    python data/prepare.py data/tunes/train --out data/prepared/train --config config/tiny.py
+    python data/prepare.py data/tunes/train --out data/prepared/train --config config/tiny.py --stem none
     python train.py config/tiny.py
 
 The architecture is config/melody.py's: melody and text in front, delay pattern, guidance. What differs helps
