@@ -3,7 +3,8 @@
     python train.py config/tiny.py --eval --split=test      # eval_tunes = True measures this too
 
 For models of the embedded tunes (data/tunes.py). Captions say an instrument, a tempo and whether there are drums and
-bass; the melody comes from a recording on another instrument. What is then heard is told by three small judges:
+bass; the melody comes from a recording whose instrument is drawn independently. What is then heard is told by three
+small judges:
 
     instrument, drums    convolutions over a log-mel spectrogram
     tempo                a layer or two on the autocorrelation of the onsets
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from chroma import chroma_agreement
+from chroma import chroma_agreement, match_length
 from config import Config
 from data import tunes
 from data.measures import chroma_of, compare_chroma, melody_of
 from encodec import mel_filters, power_spectrogram
+from sample import device_of
 
 INSTRUMENTS = list(tunes.INSTRUMENTS)
 TEMPI = torch.logspace(math.log2(60), math.log2(172), 54, base=2)  # beats per minute, 2 % apart
@@ -39,9 +41,7 @@ def clip(config: Config, split: str, number: int):
     names = tunes.split(split)
     tune = names[number % len(names)]
     truth = tunes.draw(tune, rng)
-    shift = tunes.fit(tune, truth["instrument"], tunes.KEYS[tune.mode].index(truth["key"]))
-    return truth, *tunes.render(tune, truth["instrument"], truth["bpm"], shift, truth["drums"], truth["bass"],
-                                config.segment_duration, config.sample_rate, rng)
+    return truth, *tunes.render_truth(tune, truth, config.segment_duration, config.sample_rate, rng)
 
 
 def caption(truth: dict, rng) -> str:
@@ -197,14 +197,13 @@ def flatness(wavs):
 
 def obedience(model, split: str, count: int) -> dict:
     """Figures of a model on `count` tunes of a split, a caption and a melody each; see the top of this file."""
-    config, device = model.config, next(model.codec.parameters()).device
-    codec, rng = model.codec, np.random.default_rng(9)
+    config, codec, rng = model.config, model.codec, np.random.default_rng(9)
     truths, mixes, _ = zip(*(clip(config, split, n) for n in range(count)))
     texts = [caption(truth, rng) for truth in truths]
-    # the tune itself is played by another instrument: what the caption asks for tells nothing about the melody
+    # each tune once more, its instrument drawn anew: the melody tells nothing about what the caption asks for
     melodies = [clip(config, split, count + n)[2] for n in range(count)]
     recordings, flutes = zip(*(by_other_means(config, split, n) for n in range(count)))
-    real = torch.from_numpy(np.stack(mixes))[:, None].to(device)
+    real = torch.from_numpy(np.stack(mixes))[:, None].to(device_of(codec))
 
     def play(texts, waves=None):
         chromas = None if waves is None else [model.melody_chroma(torch.from_numpy(w)) for w in waves]
@@ -214,8 +213,7 @@ def obedience(model, split: str, count: int) -> dict:
             seeds = [config.seed + n for n in range(count)[part]]
             codes = model.generate_codes(texts[part], chromas and chromas[part], seeds=seeds)
             made.append(model.decode(codes, config.segment_duration))
-        M = config.chroma_frames
-        return torch.cat(made), None if chromas is None else torch.stack([F.pad(c, (0, 0, 0, M))[:M] for c in chromas])
+        return torch.cat(made), chromas and torch.cat([match_length(c[None], config.chroma_frames) for c in chromas])
 
     torch.manual_seed(config.seed)
     judges = train_judges(config, codec)

@@ -354,6 +354,13 @@ def render(tune: Tune, instrument: str, bpm: float, transpose: int, drums: bool,
     return mix * gain, melody * gain
 
 
+def render_truth(tune: Tune, truth: dict, seconds: float, sample_rate: int, rng: np.random.Generator):
+    """The clip of a tune that `truth` (of `draw`) tells -> (mix (L,), melody alone (L,)), as `render`."""
+    shift = fit(tune, truth["instrument"], KEYS[tune.mode].index(truth["key"]))
+    return render(tune, truth["instrument"], truth["bpm"], shift, truth["drums"], truth["bass"], seconds, sample_rate,
+                  rng)
+
+
 # --- what it is called ---------------------------------------------------------------------------------------------
 
 TEMPO_WORDS = dict(slow=("slow", "gentle", "unhurried", "leisurely"),
@@ -451,9 +458,7 @@ def write_clip(job) -> str:
     words, rng = (np.random.default_rng([args.seed, SPLITS.index(name), index, i]) for i in range(2))
     truth = draw(tune, rng)
     fields = sidecar(tune, truth, words)  # its own generator: a change of wording leaves the music as it is
-    shift = fit(tune, truth["instrument"], KEYS[tune.mode].index(truth["key"]))
-    mix, melody = render(tune, truth["instrument"], truth["bpm"], shift, truth["drums"], truth["bass"], args.seconds,
-                         args.sample_rate, rng)
+    mix, melody = render_truth(tune, truth, args.seconds, args.sample_rate, rng)
     folder, file = Path(args.out) / name, f"{index:05d}-{tune.id}"
     write_wav(folder / f"{file}.wav", mix, args.sample_rate)
     if args.stems:
