@@ -20,7 +20,7 @@ card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
 stem = "hpss"                  # of what a user gives; the data set brings its melodies alone
-melody_dropout = 0.5           # the half plays from text alone: tempo is learnt from the words then
+melody_dropout = 0.4           # these play from text alone: tempo is learnt from the words then
 n_eval_wavs = 100
 
 t5 = "bytes"
@@ -42,7 +42,7 @@ cfg_dropout = 0.1
 history_dropout = 0.4          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 11
+epochs = 17
 updates_per_epoch = 300
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"

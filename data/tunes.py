@@ -150,7 +150,7 @@ def harmonics(n: int) -> tuple:
 
 
 INSTRUMENTS = dict(
-    flute=Instrument(("flute",), 60, 79, harmonics(6), 2.3, 0.06, 0.06, vibrato=9, noise=0.05),
+    flute=Instrument(("flute",), 60, 79, harmonics(6), 2.3, 0.06, 0.06, vibrato=14, noise=0.12),
     violin=Instrument(("violin", "fiddle"), 57, 81, harmonics(20), 1.25, 0.09, 0.08, formant=2600, vibrato=22),
     guitar=Instrument(("guitar", "acoustic guitar", "plucked guitar"), 55, 76, harmonics(16), 0.9, 0.003, 0.08,
                       decay=0.55, decay_slope=0.6, noise=0.03),
@@ -159,8 +159,8 @@ INSTRUMENTS = dict(
     trumpet=Instrument(("trumpet",), 57, 79, harmonics(16), 1.1, 0.03, 0.05, formant=1300, vibrato=4),
     bell=Instrument(("bell", "glockenspiel", "chime"), 57, 77, (1, 2.756, 5.404, 8.933), 0.75, 0.002, 0.25,
                     decay=1.3, decay_slope=1.4),
-    piano=Instrument(("piano",), 55, 79, tuple(n * math.sqrt(1 + 4e-4 * n * n) for n in harmonics(12)), 1.7, 0.006,
-                     0.12, decay=1.7, noise=0.06),  # a stiff string: its partials are stretched
+    piano=Instrument(("piano",), 55, 79, tuple(n * math.sqrt(1 + 4e-4 * n * n) for n in harmonics(12)), 1.4, 0.006,
+                     0.12, decay=0.8, noise=0.06),  # a stiff string: its partials are stretched
     synth=Instrument(("synth lead", "synthesizer", "synth"), 55, 79, harmonics(20), 0.9, 0.005, 0.04,
                      decay=0.2, decay_slope=0.0, floor=0.35, detune=14))
 BASS = Instrument(("bass",), 33, 47, harmonics(5), 1.8, 0.008, 0.06, decay=0.8)
@@ -371,9 +371,9 @@ MOODS = dict(slow=dict(major=("calm", "peaceful"), minor=("sad", "melancholic"))
              fast=dict(major=("happy", "cheerful"), minor=("restless", "energetic")))
 BACKING = {  # (drums, bass)
     (True, True): ("with drums and bass", "with bass and drums", "over a drum beat and a bass line"),
-    (True, False): ("with drums", "with drums, no bass", "with a drum beat"),
-    (False, True): ("with bass, no drums", "with a bass line", "without drums, with bass"),
-    (False, False): ("unaccompanied", "no drums, no bass", "without drums or bass", "no drums")}
+    (True, False): ("with drums", "with drums, no bass", "with a drum beat", "over a drum beat"),
+    (False, True): ("with bass", "with bass, no drums", "with a bass line", "over a bass line"),
+    (False, False): ("unaccompanied", "alone", "no drums, no bass", "without drums")}
 PIECES = ("tune", "melody", "piece", "song")
 
 
@@ -407,7 +407,7 @@ def describe(truth: dict, rng: np.random.Generator) -> str:
         f"{adjectives} {name}".strip(),
         f"{'solo ' if alone else ''}{name}" + (f", {adjectives}" if adjectives else "")))
     extras = []
-    if maybe(0.8):
+    if maybe(0.9):
         extras.append(pick(BACKING[truth["drums"], truth["bass"]]))
     if maybe(0.5):
         extras.append(pick(("at {} bpm", "{} bpm", "{} beats per minute")).format(truth["bpm"]))
@@ -487,9 +487,9 @@ def write_one(args):
 def main():
     parser = Parser(description="renders the embedded tunes as a training set")
     parser.add_argument("--out", default="data/tunes", help="folder; gets train/, valid/ and test/")
-    parser.add_argument("--clips", type=int, nargs=3, default=(20, 10, 2), metavar=("TRAIN", "VALID", "TEST"),
+    parser.add_argument("--clips", type=int, nargs=3, default=(40, 10, 2), metavar=("TRAIN", "VALID", "TEST"),
                         help="of each tune")
-    parser.add_argument("--seconds", type=float, default=12, help="length of a clip")
+    parser.add_argument("--seconds", type=float, default=5.8, help="length of a clip")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample_rate", type=int, default=16000, help="Hz")
     parser.add_argument("--workers", type=int, default=2, help="processes")
