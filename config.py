@@ -75,7 +75,7 @@ class Config:
     radix2_exp: int = 14                # window = 2 ** radix2_exp samples, hop = a quarter of it
     argmax: bool = True                 # keep only the strongest pitch class of a frame (one-hot)
     stem: str = "auto"                  # what chroma hears: "none", "hpss", "demucs"; "auto" takes demucs if installed
-    n_eval_wavs: int = 100              # tracks of --eval, each with the melody of another one, never its own
+    n_eval_wavs: int = 100              # tracks whose melodies evaluation takes, never a track's own
     melody_dropout: float = 0.5         # melody of an item dropped in training ("attribute dropout")
     chroma_length: int = 0              # M, chroma frames of the prefix; 0: what segment_duration gives (235)
     null_melody: str = "zeros"          # "no melody" is: "zeros" (as in training), "c" (one-hot C: released models)

@@ -38,9 +38,9 @@ from checkpoints.formats import read_config
 from chroma import chroma_agreement
 from config import Config, UserError, blaming, load, pick_device, run, write_atomic
 from data.audio import read_audio, write_audio
-from data.measures import (chroma_of, codebook_use, compare_chroma, evaluate, generate_for, melody_of, reconstruct,
-                           rounded, spread, with_perplexity)
-from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, get_batch
+from data.measures import (chroma_of, codebook_use, compare_chroma, evaluate, generate_for, held_out, melody_of,
+                           reconstruct, rounded, with_perplexity)
+from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, collate, get_batch
 from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
                      generator_losses)
 from lm import LMModel, kernels, places
@@ -417,10 +417,12 @@ class LMTraining:
 
     @torch.no_grad()
     def validate(self) -> dict:
-        """Cross-entropy over held-out segments with their own text and melody, averaged over processes."""
+        """Cross-entropy over held-out segments with their text and another track's melody, and loss_own, with their own."""
         sums = 0
         for n in range(self.config.valid_batches):
-            logged = self.loss(get_batch(self.valid_data, self.config, n, split="valid"), 0)[1]
+            batch = get_batch(self.valid_data, self.config, n, split="valid")
+            own = {"chroma": batch["own_chroma"], "has_melody": batch["own_has_melody"]}
+            logged = self.loss(batch, 0)[1] | {"loss_own": self.loss(batch | own, 0)[0]}
             sums = sums + torch.stack(list(logged.values()))
         means = (over_processes(sums) / (self.config.valid_batches * process_count())).tolist()
         return with_perplexity(dict(zip(logged, means)))
@@ -428,16 +430,16 @@ class LMTraining:
     def samples(self, out: Path, update: int) -> dict:
         """Music by the model in `out` for the texts of four held-out segments, each with the melody of another."""
         model = MusicGen.from_pretrained(out, str(self.device))
-        items = [self.valid_data.segment(track, 0) for track in spread(self.valid_data.tracks, 4)]
-        codes, chroma = generate_for(model, items, range(len(items)))
-        wavs = model.decode(codes)
+        items = held_out(self.valid_data, 4)
+        batch = collate(items)
+        wavs = model.decode(generate_for(model, batch))
         for n, (item, wav) in enumerate(zip(items, wavs)):
             write_audio(out / "samples" / f"{n}_update{update:07d}.wav", wav, model.sample_rate)
             told = {"text": item["text"], "melody_of": items[(n + 1) % len(items)]["where"]}
             write_atomic(out / "samples" / f"{n}_update{update:07d}.json", json.dumps(told).encode())
         if self.config.melody == "none":
             return {}
-        cosine, agreement = compare_chroma(melody_of(self.config, wavs), chroma)
+        cosine, agreement = compare_chroma(melody_of(self.config, wavs), batch["chroma"])
         return {"chroma_cosine": cosine.mean().item(), "chroma_agreement": agreement.mean().item()}
 
 
@@ -500,10 +502,10 @@ def train(config: Config, resume: bool = False, interrupted=()):
             ema.update()
 
         log.add({"grad_norm": full(norm)})
-        last, held_out = stop or done == total, len(task.valid_data) > 0
+        last, can_validate = stop or done == total, len(task.valid_data) > 0
         if done % config.log_every == 0 or last:
             log.train_line(done, optimizers[0].param_groups[0], batches)
-        if held_out and (every(done, config.valid_every) or done == total):
+        if can_validate and (every(done, config.valid_every) or done == total):
             with ema.swap():
                 task.module.eval()
                 log.line({"update": done, "split": "valid", **task.validate()})

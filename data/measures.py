@@ -19,7 +19,7 @@ from tqdm import tqdm
 from chroma import ChromaExtractor, chroma_agreement, separate
 from config import Config, UserError, pick_device, read_json, write_atomic
 from data.audio import read_audio
-from data.segments import AudioCrops, TokenSegments, collate
+from data.segments import AudioCrops, TokenSegments, collate, spread, with_melody_of
 from encodec import EncodecModel, mel_loss
 from sample import MusicGen, device_of
 
@@ -75,22 +75,21 @@ def compare_chroma(heard, asked):
 # --- of a language model ----------------------------------------------------------------------------------------
 
 def with_perplexity(logged: dict) -> dict:
-    """Adds ppl_k = exp(ce_k)."""
-    return logged | {f"ppl_{name[3:]}": math.exp(min(50.0, ce)) for name, ce in logged.items() if name[:3] == "ce_"}
+    """Adds ppl = exp(loss), the loss being the mean of the codebooks' cross-entropies, and ppl_k = exp(ce_k)."""
+    return logged | {name.replace("loss", "ppl").replace("ce", "ppl"): math.exp(min(50.0, ce))
+                     for name, ce in logged.items() if name == "loss" or name[:3] == "ce_"}
 
 
-def spread(things: list, n: int) -> list:
-    """Up to n of the things, evenly spread over the list."""
-    n = min(n, len(things))
-    return [things[i * len(things) // n] for i in range(n)]
+def held_out(data: TokenSegments, n: int) -> list[dict]:
+    """The beginnings of up to n tracks, each with the melody of the next one, never its own."""
+    items = [data.segment(track, 0) for track in spread(data.tracks, n)]
+    return [with_melody_of(item, other) for item, other in zip(items, items[1:] + items[:1])]
 
 
-def generate_for(model, items: list[dict], numbers):
-    """Codes (B, K, T) for the texts of these items, each with the melody of the item after it, never its own;
-    and those melodies' chroma (B, M, Q)."""
-    chroma = torch.stack([items[(n + 1) % len(items)]["chroma"] for n in numbers])
-    melodies = [c if c.any() and model.config.melody != "none" else None for c in chroma]
-    return model.generate_codes([items[n]["text"] for n in numbers], melodies), chroma
+def generate_for(model, batch: dict):
+    """Codes (B, K, T) for the texts and melodies of a batch."""
+    melodies = [chroma if has else None for chroma, has in zip(batch["chroma"], batch["has_melody"])]
+    return model.generate_codes(batch["text"], melodies)
 
 
 @torch.no_grad()
@@ -147,27 +146,31 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
 
 
 def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
-    """Perplexity of held-out segments; then one sample for the text of each with the melody of another track: its
-    chroma against that melody (and, shuffled, against a third), and the Frechet distance to the segments."""
+    """Perplexity of held-out segments under their text and the melody of another track (and loss_own, under their own);
+    then one sample for each such text and melody: its chroma against that melody (and, shuffled, against a third), and
+    the Frechet distance to the segments."""
     model, data = MusicGen.from_pretrained(str(out), config.device), TokenSegments(config, split)
-    items = [data.segment(track, 0) for track in spread(data.tracks, config.n_eval_wavs)]
+    items = held_out(data, config.n_eval_wavs)
     if len(items) < 3:
         raise UserError(f"{config.data_dir}: {split} has {len(items)} tracks of segment_duration; it takes three")
-    ces, made, rows, size = [], [], [], min(8, config.batch_size)
+    ces, own, made, rows, size = [], [], [], [], min(8, config.batch_size)
     for first in tqdm(range(0, len(items), size), disable=None, unit="batch"):
         numbers = range(first, min(first + size, len(items)))
         batch = collate([items[n] for n in numbers])
-        codes, chroma, has_melody = (batch[key].to(device) for key in ("codes", "chroma", "has_melody"))
+        codes = batch["codes"].to(device)
         with torch.no_grad():
-            ces += [model.lm.loss(codes, batch["text"], chroma, has_melody)[1].cpu()] * len(numbers)
-        codes, chroma = generate_for(model, items, numbers)
-        made.append(codes)
+            for losses, which in ((ces, ""), (own, "own_")):
+                melody = batch[which + "chroma"].to(device), batch[which + "has_melody"].to(device)
+                losses += [model.lm.loss(codes, batch["text"], *melody)[1].cpu()] * len(numbers)
+        made.append(generate_for(model, batch))
         if config.melody != "none":
-            heard = melody_of(config, model.decode(codes))
-            others = torch.stack([items[(n + 2) % len(items)]["chroma"] for n in numbers])
-            rows.append(torch.stack([*compare_chroma(heard, chroma), compare_chroma(heard, others)[1]], 1))
-    figures = with_perplexity({f"ce_{k + 1}": x for k, x in enumerate(torch.stack(ces).mean(0).tolist())})
+            heard = melody_of(config, model.decode(made[-1]))
+            others = torch.stack([items[(n + 1) % len(items)]["chroma"] for n in numbers])
+            rows.append(torch.stack([*compare_chroma(heard, batch["chroma"]), compare_chroma(heard, others)[1]], 1))
+    ces, own = torch.stack(ces).mean(0), torch.stack(own).mean().item()
+    figures = with_perplexity({"loss": ces.mean().item(), **{f"ce_{k + 1}": x for k, x in enumerate(ces.tolist())}})
     if rows:
+        figures["loss_own"] = own
         names = ("chroma_cosine", "chroma_agreement", "chroma_agreement_shuffled")
         figures |= dict(zip(names, torch.cat(rows).mean(0).tolist()))
     if config.eval_tunes:

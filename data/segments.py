@@ -140,10 +140,19 @@ class TokenSegments:
         return len(self.tracks)
 
     def item(self, rng, train: bool) -> dict:
-        """A random segment; in training with its conditions augmented and dropped at random."""
+        """A random segment; in training with its conditions augmented and dropped at random.
+
+        Held out, it is never conditioned on itself: its melody is that of another of n_eval_wavs tracks, and its own
+        is beside it as own_chroma, own_has_melody.
+        """
         track = self.tracks[pick(self.sums, rng)]
         places = (track["frames"] - self.T) * self.config.stride // self.grid + 1
-        return self.segment(track, int(rng.integers(places)) * self.grid, rng if train else None)
+        segment = self.segment(track, int(rng.integers(places)) * self.grid, rng if train else None)
+        if train:
+            return segment
+        others = [t for t in spread(self.tracks, self.config.n_eval_wavs) if t is not track]
+        other = self.segment(others[rng.integers(len(others))], 0) if others else {}
+        return with_melody_of(segment, other)
 
     def segment(self, track: dict, start: int, rng=None) -> dict:
         """Codes (K, T), text, chroma (M, Q) and has_melody of a track from sample `start` on."""
@@ -164,6 +173,19 @@ class TokenSegments:
             text, has_melody = drop_conditions(text, has_melody, config, rng)
         return {"codes": torch.from_numpy(codes), "text": text, "chroma": chroma,
                 "has_melody": torch.tensor(has_melody), "where": where}
+
+
+def with_melody_of(segment: dict, other: dict) -> dict:
+    """A segment with another one's melody (none, of an empty dict), its own beside it."""
+    own = {f"own_{key}": segment[key] for key in ("chroma", "has_melody")}
+    none = {"chroma": torch.zeros_like(segment["chroma"]), "has_melody": torch.tensor(False)}
+    return segment | own | {key: other.get(key, none[key]) for key in none}
+
+
+def spread(things: list, n: int) -> list:
+    """Up to n of the things, evenly spread over the list."""
+    n = min(n, len(things))
+    return [things[i * len(things) // n] for i in range(n)]
 
 
 def memmap(path, dtype):

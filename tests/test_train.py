@@ -23,8 +23,8 @@ from torch.amp import GradScaler
 
 import train as training
 from config import Config, UserError
-from data.measures import frechet_distance
-from data.segments import SPLITS, AudioCrops, TokenSegments, get_batch
+from data.measures import frechet_distance, held_out
+from data.segments import SPLITS, AudioCrops, TokenSegments, get_batch, spread
 from encodec import EncodecModel
 from lm import LMModel
 
@@ -133,7 +133,8 @@ def lm_run(data, tmp_path_factory):
 def test_lm_trains_and_writes_all_that_a_model_needs(lm_run, data):
     train, valid = lines(lm_run, "train"), lines(lm_run, "valid")
     assert [line["update"] for line in valid] == [7, 14, 20]
-    assert {"loss", "ce_1", "ce_2", "ppl_1", "lr", "d_lr", "grad_norm", "tokens_per_s", "data_wait",
+    assert {"loss_own", "ppl"} <= valid[0].keys() and abs(np.exp(valid[0]["loss"]) / valid[0]["ppl"] - 1) < 1e-4
+    assert {"loss", "ce_1", "ce_2", "ppl", "ppl_1", "lr", "d_lr", "grad_norm", "tokens_per_s", "data_wait",
             "memory_gb"} <= train[0].keys()
     assert abs(train[3]["loss"] - (train[3]["ce_1"] + train[3]["ce_2"]) / 2) < 1e-5
     from sample import MusicGen
@@ -470,6 +471,28 @@ def test_items_depend_on_seed_update_and_number_alone(data):
     assert torch.equal(whole["codes"], torch.cat([half["codes"] for half in halves]))
     assert whole["where"] == halves[0]["where"] + halves[1]["where"]
     assert whole["where"] != get_batch(tokens, config, 6)["where"]
+
+
+def test_evaluation_never_conditions_a_track_on_itself(data, tmp_path):
+    (tmp_path / "valid").symlink_to(data / "tokens")
+    config = Config(**settings(data, "out", "lm", data_dir=str(tmp_path), n_eval_wavs=3))
+    tokens = TokenSegments(config, "valid")
+    chroma = {track["file"]: tokens.segment(track, 0)["chroma"] for track in tokens.tracks}
+    pool = [chroma[track["file"]] for track in spread(tokens.tracks, 3)]
+    seen = set()
+    for update in range(20):
+        batch = get_batch(tokens, config, update, split="valid")
+        for n, where in enumerate(batch["where"]):
+            own = chroma[where.split(" at ")[0]]
+            same = [i for i, other in enumerate(pool) if torch.equal(batch["chroma"][n], other)]
+            assert len(same) == 1 and pool[same[0]] is not own and batch["has_melody"][n]
+            assert not where.endswith("at 0.000 s") or torch.equal(batch["own_chroma"][n], own)
+            seen.add(same[0])
+    assert seen == {0, 1, 2}
+    items = held_out(tokens, 8)
+    assert all(torch.equal(item["chroma"], items[(n + 1) % 8]["own_chroma"]) for n, item in enumerate(items))
+    alone = TokenSegments(Config(**settings(data, "out", "lm")), "valid")  # the ninth part of nine tracks is one
+    assert not get_batch(alone, config, 0, split="valid")["has_melody"].any()
 
 
 def test_data_of_other_settings_are_refused(data):
