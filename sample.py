@@ -71,6 +71,8 @@ class MusicGen:
         compile: the layers by torch.compile; on the CPU in place of kernels.c.
         Raises UserError naming what is missing or does not fit.
         """
+        # oneDNN keeps the code it compiles for every new length, up to 1,024 pieces: memory would grow for hours
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
         device, directory = pick_device(device), open_checkpoint(name_or_dir)
