@@ -28,11 +28,12 @@ import torch
 from tqdm import tqdm
 
 from checkpoints.files import open_checkpoint
+from checkpoints.precision import has_bfloat16, pick_dtype, quicken
 from config import Parser, UserError, pick_device, run, write_atomic
 from data.audio import FORMATS, read_audio, write_audio
 from data.page import page_path, write_page
 from encodec import EncodecModel
-from lm import LMModel, condition_passes, generate, has_bfloat16, pick_dtype, quicken
+from lm import LMModel, condition_passes, generate
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "auto": None}

@@ -9,8 +9,8 @@
         1           2, 3            4            5              6                           7
 
 The loop is `train`; it reads straight down, its steps numbered as in README ("the life of a batch"). Before it stand
-the optimizers and the two things that are trained; what comes after it (logging, several processes, checkpoints,
-fine-tuning, --plan) can wait. Everything random about item i of update u comes from a generator seeded (seed, u, i),
+the optimizers and the two things that are trained; what comes after it (logging, several processes, --plan) can wait,
+and so can resuming and fine-tuning (checkpoints/resume.py, tuning.py). Everything random about item i of update u comes from a generator seeded (seed, u, i),
 so that one process or eight, resumed or not, train on the same data. `update` counts steps of the optimizer, from 0.
 """
 import dataclasses
@@ -28,13 +28,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from checkpoints.files import open_checkpoint, write_tensors
-from checkpoints.formats import read_config
+from checkpoints.files import write_tensors
+from checkpoints.precision import kernels, places
+from checkpoints.resume import full, gather, load_state, named_weights, save_state
+from checkpoints.tuning import add_lora, adopt, merge_lora
 from chroma import chroma_agreement
 from config import Config, UserError, blaming, load, pick_device, run, write_atomic
 from data.audio import read_audio, write_audio
@@ -43,7 +43,7 @@ from data.measures import (chroma_of, codebook_use, compare_chroma, evaluate, ge
 from data.segments import SPLITS, AudioCrops, Prefetcher, TokenSegments, collate, get_batch
 from encodec import (Balancer, EncodecModel, MultiScaleSTFTDiscriminator, codec_losses, discriminator_loss,
                      generator_losses)
-from lm import LMModel, kernels, places
+from lm import LMModel
 from rvq import process_count, rank
 from sample import MusicGen
 
@@ -700,79 +700,7 @@ def last_only(forward, last: bool):
         yield
 
 
-def full(tensor):
-    """A tensor gathered from its shards (by all processes together)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gather(tensors: dict) -> dict:
-    """Whole copies on the CPU, on the main process; the others only take part."""
-    whole = {}
-    for name, tensor in tensors.items():
-        tensor = full(tensor)  # one at a time
-        if rank() == 0:
-            whole[name] = tensor.detach().to("cpu", copy=True)
-    return whole
-
-
-def like(tensor, reference):
-    """A whole tensor as `reference` is: on its device, in its shards."""
-    if hasattr(reference, "device_mesh") and tensor.shape == reference.shape:
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
-    return tensor if tensor.ndim == 0 else tensor.to(reference.device)
-
-
-# === checkpoints =================================================================================================
-
-# state.safetensors is one file, so that weights, optimizer and counters always belong together. It is what --resume
-# reads; model.safetensors has the averaged weights alone, which is what everything else reads.
-
-
-def everything(task, optimizers, ema) -> dict:
-    """Name -> tensor of all that the next update depends on, but for what optimizers keep per weight."""
-    tensors = {f"model.{name}": t for name, t in task.module.state_dict().items()}
-    tensors |= {f"extra.{name}": t for name, t in task.extra.state_dict().items()}
-    tensors |= {f"ema.{name}": t for name, t in ema.average.items()}
-    group = optimizers[0].param_groups[0]
-    return tensors | {f"optim.{key}": group[key] for key in ("d", "r") if key in group}
-
-
-def named_weights(task) -> dict:
-    return {name: p for module in (task.module, task.extra) for name, p in module.named_parameters()}
-
-
-def save_state(path: Path, task, optimizers, ema, scaler, update: int):
-    """Writes it all, gathered from all processes, into one file."""
-    tensors, names = everything(task, optimizers, ema), {p: name for name, p in named_weights(task).items()}
-    for optimizer in optimizers:
-        tensors |= {f"optim.{names[p]}.{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
-    tensors = gather(tensors)
-    if rank() == 0:
-        info = {"update": update, "ema_count": ema.count, "scaler": scaler.state_dict()}
-        write_tensors(path, tensors, {"info": json.dumps(info)})
-
-
-def load_state(path: Path, task, optimizers, ema, scaler) -> int:
-    """Reads what save_state wrote -> the update to go on with. Raises UserError when the file does not fit."""
-    own, weights = everything(task, optimizers, ema), named_weights(task)
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(like(file.get_tensor(name), tensor))
-            for name in sorted(file.keys() - own.keys()):  # every process in the same order: shards are sent
-                p = weights[name.removeprefix("optim.").rpartition(".")[0]]
-                # a clone: how a product is added up hangs on where in memory a tensor begins, and files put it anywhere
-                owner[p].state[p][name.rpartition(".")[2]] = like(file.get_tensor(name).clone(), p)
-            info = json.loads(file.metadata()["info"])
-        scaler.load_state_dict(info["scaler"])
-        ema.count, update = float(info["ema_count"]), int(info["update"])
-        assert 0 <= update < 1e15, f"update {update}"
-        return update
-    except (SafetensorError, OSError, LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{path}: damaged, or of another configuration ({str(error)[:200]})") from None
-
+# === checkpoints: what is resumed from is in checkpoints/resume.py ================================================
 
 def publish(task, ema, log, done: int):
     """model.safetensors: the averaged weights under the names that from_pretrained reads, adapters merged. And samples
@@ -785,60 +713,6 @@ def publish(task, ema, log, done: int):
         wanted = len(task.valid_data) > 0 and every(done, task.config.sample_every)
         if wanted and f'"update": {done}, "split": "samples"' not in log.path.read_text():
             log.line({"update": done, "split": "samples", **task.samples(out, done)})
-
-
-# === fine-tuning: from a checkpoint, all weights or low-rank adapters =============================================
-
-ARCHITECTURE = """channels sample_rate codec n_filters ratios dimension lstm n_residual_layers kernel_size
-    last_kernel_size residual_kernel_size dilation_base compress causal pad_mode true_skip norm n_q card melody
-    n_chroma radix2_exp argmax chroma_length null_melody text t5 t5_finetune t5_dim t5_layers t5_heads dim num_heads
-    num_layers hidden_scale positional_embedding max_period qk_layer_norm pattern delays""".split()
-
-
-def adopt(config: Config) -> Config:
-    """The configuration with the architecture of `init_from`; how to train remains the configuration's own."""
-    if config.task == "codec":
-        theirs = EncodecModel.from_pretrained(config.init_from).config
-    else:
-        directory = open_checkpoint(config.init_from)
-        theirs = read_config(directory)[0]
-        if theirs.task != "lm":
-            raise UserError(f"init_from = {config.init_from!r}: holds a codec, no language model; name another one")
-        if (directory / "codec").is_dir():
-            theirs = dataclasses.replace(theirs, codec=str(directory / "codec"))
-    theirs.chroma_length = theirs.chroma_frames  # melodies stay as long as it knows them, whatever segment_duration is
-    return dataclasses.replace(config, **{key: getattr(theirs, key) for key in ARCHITECTURE})
-
-
-class LoRA(nn.Module):
-    """W -> W + alpha / rank * up @ down (arXiv 2106.09685, section 4.1). up starts at zero: no change at first."""
-
-    def __init__(self, weight, rank: int, alpha: float):
-        super().__init__()
-        self.down = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) / weight.shape[1] ** 0.5)
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-        self.scale = alpha / rank
-
-    def forward(self, weight):
-        return weight + self.scale * (self.up @ self.down)
-
-
-def add_lora(lm, config: Config):
-    """Freezes the model and gives every linear layer of the transformer an adapter."""
-    lm.requires_grad_(False)
-    for layer in lm.layers:
-        for module in [m for m in layer.modules() if isinstance(m, nn.Linear)]:
-            adapter = LoRA(module.weight, config.lora_rank, config.lora_alpha)
-            parametrize.register_parametrization(module, "weight", adapter)
-
-
-def merge_lora(tensors: dict, config: Config) -> dict:
-    """Weights with adapters -> weights as if they had been trained whole."""
-    inside = ".parametrizations.weight."
-    for name in [name.removesuffix(inside + "original") for name in tensors if name.endswith(inside + "original")]:
-        weight, up, down = (tensors.pop(name + inside + part) for part in ("original", "0.up", "0.down"))
-        tensors[f"{name}.weight"] = weight + config.lora_alpha / config.lora_rank * up @ down
-    return tensors
 
 
 # === --plan: sizes before the run ==================================================================================

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from checkpoints.files import (listed, load_strict, open_checkpoint, read_original, read_tensors, write_tensors)
+from checkpoints.precision import quantize_rows, quicken
 from config import Config, UserError, blaming, read_json, write_atomic
 from encodec import EncodecModel
-from lm import SCALE, TIED, LMModel, Projection, quantize_rows, quicken
+from lm import SCALE, TIED, LMModel, Projection
 
 # --- the codec ---------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import lm as L
+from checkpoints import precision
 from checkpoints.formats import name_table
 from chroma import ChromaExtractor
 from conditioners import Conditions
@@ -118,7 +119,7 @@ def language_model(shape: str, dtype=None) -> L.LMModel:
     """A random model of a shape of SHAPES; with a dtype the quick one for generation."""
     with torch.device("meta"):
         lm = L.LMModel(Config(t5="bytes", t5_dim=16, t5_layers=1, t5_heads=2, **SHAPES[shape]))
-    lm = lm if dtype is None else L.quicken(lm, dtype)
+    lm = lm if dtype is None else precision.quicken(lm, dtype)
     return fill(lm.to_empty(device="cpu"))
 
 

@@ -27,7 +27,7 @@ import sample as S
 import train
 from config import UserError, write_atomic
 from data import audio
-from helpers import (LM, RATE, ROOT, TRAIN, TRAIN_CODEC, command, flags, forked, preparing, refused, sampling, snapshot, start, text_of, tone, two_of,
+from helpers import (RATE, ROOT, TRAIN, TRAIN_CODEC, command, flags, forked, preparing, refused, sampling, snapshot, start, text_of, tone, two_of,
                      worked, world)  # noqa: F401
 
 

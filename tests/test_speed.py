@@ -5,13 +5,12 @@
 import copy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import encodec as E
 import lm as L
-from conditioners import Conditions
+from checkpoints import precision as Q
 from config import Config
 from data.audio import read_audio
 from data.measures import si_snr
@@ -24,7 +23,7 @@ KINDS = {
     "melody": {}, "text": dict(text="cross", melody="none"), "no prefix": dict(text="none", melody="none"),
     "rope": dict(positional_embedding="rope"), "normed": dict(qk_layer_norm=True), "heads of 72": dict(dim=144, num_heads=2),
     "too odd": dict(dim=36, num_heads=3)}
-needs_kernels = pytest.mark.skipif(not L.kernels(), reason="no C compiler")
+needs_kernels = pytest.mark.skipif(not Q.kernels(), reason="no C compiler")
 
 
 def make(**options) -> L.LMModel:
@@ -52,10 +51,10 @@ def test_greedy_tokens_in_float32_are_those_of_the_plain_way(kind, compiler, mon
     """Texts of several lengths, so that a prefix or a condition has padding; alone and in a batch."""
     lm, texts, T = make(**KINDS[kind]), ["slow flute and a drum", None, "organ"], 8
     if not compiler:
-        monkeypatch.setattr(L, "kernels", lambda: None)
+        monkeypatch.setattr(Q, "kernels", lambda: None)
     passes = L.condition_passes(lm, texts, T)
     expected = L.generate(lm, passes, T, [0, 1, 2], temperature=0)
-    L.quicken(lm)
+    Q.quicken(lm)
     assert torch.equal(L.generate(lm, passes, T, [0, 1, 2], temperature=0), expected)
     alone = L.generate(lm, L.condition_passes(lm, texts[:1], T), T, [0], temperature=0)
     assert torch.equal(alone, expected[:1])
@@ -69,9 +68,9 @@ def test_logits_of_cached_steps_are_near_those_of_the_plain_way(kind, dtype, tol
     passes = L.condition_passes(lm, ["slow flute and a drum", None], T, guidance=1)
     codes = torch.randint(lm.config.card, (2, 4, T), generator=torch.Generator().manual_seed(1))
     expected = lm(lm.pattern.build(codes, lm.special)[0], passes[0]).detach()
-    L.quicken(lm, dtype)
+    Q.quicken(lm, dtype)
     quick = lm.config.dim // lm.config.num_heads % 8 == 0
-    steps = next_logits(lm, passes, codes, cache_of(lm, L.QuickCache if quick else L.Cache, 2, T + 4) if quick else
+    steps = next_logits(lm, passes, codes, cache_of(lm, Q.QuickCache if quick else L.Cache, 2, T + 4) if quick else
                         lambda c: L.Cache(lm.config, 2, 99, "cpu", torch.float32))
     assert (steps - expected).norm() < tolerance * expected.norm()
 
@@ -81,10 +80,10 @@ def test_logits_of_cached_steps_are_near_those_of_the_plain_way(kind, dtype, tol
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 def test_a_product_is_that_of_the_rounded_weights_and_does_not_depend_on_other_rows(dtype, rows):
     generator = torch.Generator().manual_seed(0)
-    layer = L.QuickLinear(torch.randn(20, 40, generator=generator), torch.float32)
+    layer = Q.QuickLinear(torch.randn(20, 40, generator=generator), torch.float32)
     weight, layer.scale = layer.weight, None
     if dtype == torch.int8:
-        layer.weight, layer.scale = L.quantize_rows(weight)
+        layer.weight, layer.scale = Q.quantize_rows(weight)
         weight = layer.weight * layer.scale[:, None]
     else:
         layer.weight = weight = weight.to(dtype)
@@ -100,7 +99,7 @@ def test_compiled_layers_give_the_same_tokens(dtype):
     """Plain, and with quick products; eight frames, so that the first steps and the later ones are compiled."""
     lm, texts, T = make(), ["slow flute and a drum", None], 8
     if dtype is not None:
-        L.quicken(lm, dtype)
+        Q.quicken(lm, dtype)
     passes = L.condition_passes(lm, texts, T)
     expected = L.generate(lm, passes, T, [0, 1], temperature=0)
     lm.compile_layers()
@@ -166,7 +165,7 @@ def test_int8_is_made_of_every_format(tmp_path, file):
     plain, lm = L.LMModel.from_pretrained(tmp_path, torch.float32), L.LMModel.from_pretrained(tmp_path, torch.int8)
     for name, module in plain.named_modules():
         if isinstance(module, L.Projection):
-            weight, scale = L.quantize_rows(module.weight)
+            weight, scale = Q.quantize_rows(module.weight)
             assert torch.equal(lm.get_submodule(name).weight, weight)
             torch.testing.assert_close(lm.get_submodule(name).scale, scale, rtol=1e-5, atol=0)
     assert torch.equal(lm.emb.weight, plain.emb.weight)
@@ -178,8 +177,8 @@ def cross_entropy(lm, texts, codes):
     lm = lm.eval()
     T = codes.shape[-1]
     passes = L.condition_passes(lm, texts, T, guidance=1)
-    quick = isinstance(lm.heads, L.QuickLinear) and L.kernels()
-    steps = cache_of(lm, L.QuickCache, len(codes), T + 4) if quick else (
+    quick = isinstance(lm.heads, Q.QuickLinear) and Q.kernels()
+    steps = cache_of(lm, Q.QuickCache, len(codes), T + 4) if quick else (
         lambda c: L.Cache(lm.config, len(codes), 2048, "cpu", torch.float32))
     logits, mask = lm.pattern.revert_logits(next_logits(lm, passes, codes, steps), T)
     return L.codebook_cross_entropy(logits, codes, mask).mean()
@@ -198,15 +197,15 @@ def test_quality_of_the_shipped_model_in_fewer_bits(dtype):
 def test_auto_takes_what_the_machine_is_fast_with(monkeypatch):
     cpu = torch.device("cpu")
     for compiler, hardware, best in ((True, False, "int8"), (None, True, "int8"), (None, False, "float32")):
-        monkeypatch.setattr(L, "kernels", lambda: compiler)
-        monkeypatch.setattr(L, "has_bfloat16", lambda: hardware)
-        assert L.pick_dtype("auto", cpu) == best and L.pick_dtype("bfloat16", cpu) == "bfloat16"
+        monkeypatch.setattr(Q, "kernels", lambda: compiler)
+        monkeypatch.setattr(Q, "has_bfloat16", lambda: hardware)
+        assert Q.pick_dtype("auto", cpu) == best and Q.pick_dtype("bfloat16", cpu) == "bfloat16"
 
 
 def test_without_a_compiler_there_are_no_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(L.shutil, "which", lambda name: "/nowhere/cc")
-    assert L.kernels.__wrapped__() is None and not list(tmp_path.rglob("*.so*"))
+    monkeypatch.setattr(Q.shutil, "which", lambda name: "/nowhere/cc")
+    assert Q.kernels.__wrapped__() is None and not list(tmp_path.rglob("*.so*"))
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.amp import GradScaler
 
@@ -336,7 +337,7 @@ def test_ctrl_c_writes_a_checkpoint_and_ends(data, tmp_path):
     config = Config(**settings(data, tmp_path / "out", "lm", epochs=1000, save_every=0))
     assert in_a_fork(config, 0.1, signal.SIGINT) == 130
     done = len(losses(config.out_dir))
-    with training.safe_open(tmp_path / "out" / "state.safetensors", "pt") as file:
+    with safe_open(tmp_path / "out" / "state.safetensors", "pt") as file:
         assert json.loads(file.metadata()["info"])["update"] == done > 0
 
 
@@ -447,7 +448,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(d
         training.train(config)
     assert all(t.isfinite().all() for t in state(config.out_dir).values())
     report, = (tmp_path / "out" / "diagnosis").iterdir()
-    with training.safe_open(report, "pt") as file:
+    with safe_open(report, "pt") as file:
         told = json.loads(file.metadata()["info"])
     assert told["update"] == 6 and told["not_finite"] and all(weight in name for name in told["not_finite"])
 

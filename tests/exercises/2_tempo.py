@@ -8,7 +8,7 @@ layer; a frame of zeros that nobody attends to where the text names no tempo ("1
     python tests/exercises/2_tempo.py           # checks your solution; 2_tempo.patch is one
 
 Where: `conditioners.py`, one small module like `ChromaConditioner` and two lines of `Conditioners`; a field in `config.py`,
-and its name in ARCHITECTURE of `train.py`. The null condition of guidance and word dropout then work by themselves: why?
+and its name in ARCHITECTURE of `checkpoints/tuning.py`. The null condition of guidance and word dropout then work by themselves: why?
 """
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from conditioners import Conditioners
 from config import Config
 from lm import LMModel
-from train import ARCHITECTURE
+from checkpoints.tuning import ARCHITECTURE
 
 config = Config(dim=16, num_heads=2, num_layers=2, card=8, t5="bytes", segment_duration=0.5, melody="none", tempo=True)
 assert "tempo" in ARCHITECTURE, "fine-tuning must keep what a checkpoint was made with"

@@ -4,8 +4,8 @@
        attend    attention from one position to all before it, keys and values stored likewise
        decode    the layers of the transformer, made of the two: Layer.forward of lm.py without its overhead
 
-   and, for training, in the step of the optimizer at the end. Compiled and loaded by lm.py ("optional: fast decoding
-   on the CPU"), with the plain way beside it as the fallback and, in tests/test_speed.py, as the oracle. Arithmetic is
+   and, for training, in the step of the optimizer at the end. Compiled and loaded by precision.py,
+   with the plain way beside it as the fallback and, in tests/test_speed.py, as the oracle. Arithmetic is
    in float32, but for int8 weights on processors with AVX-512 VNNI. */
 #include <math.h>
 #include <stdint.h>
