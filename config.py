@@ -147,7 +147,7 @@ class Config:
     n_mels: int = 64
     mel_range: tuple[int, ...] = (6, 11)  # windows 2 ** 6 ... 2 ** 10 (the end is exclusive)
     mel_floor: float = 1e-5             # added before the logarithm
-    balancer: bool = True               # gradient balancer (EnCodec, equation 4)
+    balancer: bool = True               # gradient balancer (EnCodec, equation 5)
     balancer_decay: float = 0.999
     disc_filters: int = 32
     disc_windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)

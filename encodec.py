@@ -393,7 +393,8 @@ def codec_losses(config: Config, wav, reconstruction) -> dict:
     """{name: loss} of the terms that compare two waves (B, C, L) and have a weight of that name in config.
 
     l1: mean absolute difference of the samples. The others add up over windows 2 ** mel_range:
-    msspec: mean|M_x - M_y| + mean (log10 M_x - log10 M_y)^2, M mel spectrograms, mean over windows, halved.
+    msspec: mean|M_x - M_y| + mean (log10 M_x - log10 M_y)^2, M mel spectrograms, mean over windows, halved: the
+    original's code, where the paper's equation 1 has a norm in place of the square of logarithms.
     sc: spectral convergence |S_x - S_y| / |S_x|, S magnitudes, Frobenius norms.
     """
     losses, scales = {"l1": F.l1_loss(reconstruction, wav), "msspec": 0.0, "sc": 0.0}, range(*config.mel_range)
@@ -454,18 +455,22 @@ class STFTDiscriminator(nn.Module):
 
 
 def generator_losses(fake, real) -> dict:
-    """Outputs of the discriminator on reconstruction and original -> {"adv", "feat"}: fool it, look alike in it."""
+    """Outputs of the discriminator on reconstruction and original -> {"adv", "feat"}: fool it, look alike in it.
+
+    As in the original's code: adv = mean(-D(y)), which the paper cuts off at 1; feat is equation 2 without its
+    division by the size of the maps.
+    """
     feat = [F.l1_loss(f, r.detach()) for maps in zip(fake[1], real[1]) for f, r in zip(*maps)]  # as many in each
     return {"adv": torch.stack([-logits.mean() for logits in fake[0]]).mean(), "feat": torch.stack(feat).mean()}
 
 
 def discriminator_loss(fake, real):
-    """Hinge loss that trains the discriminator: real above 1, fake (a detached reconstruction) below -1."""
+    """Hinge loss that trains the discriminator: real above 1, fake (a detached reconstruction) below -1 (section 3.4)."""
     return torch.stack([F.relu(1 - r).mean() + F.relu(1 + f).mean() for f, r in zip(fake[0], real[0])]).mean()
 
 
 class Balancer(nn.Module):
-    """Makes loss weights shares of the gradient (EnCodec, equation 4): g = sum_k w_k / sum_j w_j * g_k / avg|g_k|.
+    """Makes loss weights shares of the gradient (EnCodec, equation 5): g = sum_k w_k / sum_j w_j * g_k / avg|g_k|.
 
     avg is a moving average over calls of the norm (mean over batch items), and over processes: several with a part of
     the batch each send back what one would with all of it.

@@ -299,7 +299,10 @@ SCALE = ".scale"    # beside an int8 matrix: what its rows are to be multiplied 
 
 
 def codebook_cross_entropy(logits, codes, mask) -> torch.Tensor:
-    """logits (B, K, T, V), codes (B, K, T), mask (K, T) or (B, K, T) -> mean over valid positions, (K,)."""
+    """logits (B, K, T, V), codes (B, K, T), mask (K, T) or (B, K, T) -> mean over valid positions, (K,).
+
+    Minus the logarithm of p_tk of MusicGen's equation 3, of each codebook in the light of all columns before its own.
+    """
     B, K, T, V = logits.shape
     assert codes.shape == (B, K, T)
     mask = mask.expand(B, K, T)
@@ -374,7 +377,7 @@ class Cache:
 def sample(logits, uniform, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0) -> torch.Tensor:
     """Logits (B, K, V) and uniform numbers (B, K) in [0, 1) -> codes (B, K).
 
-    Inverse transform sampling over the sorted entries: the draw depends on the item's own numbers alone, so a
+    Every codebook is drawn independently (MusicGen, equation 4). Inverse transform sampling over the sorted entries: the draw depends on the item's own numbers alone, so a
     batch, a device or a neighbour cannot change it. Temperature 0 or top_k 1 is greedy.
     """
     if temperature < 1e-5 or top_k == 1:

@@ -58,7 +58,7 @@ class ResidualVectorQuantizer(nn.Module):
             entries = codebook.embed.float()[codes]                                     # E_k[c_k] (n, Z)
             if self.training:
                 codebook.learn(joint, codes, _generator(k, passes[k] + 1))
-            losses.append(F.mse_loss(residual, entries[mine]))
+            losses.append(F.mse_loss(residual, entries[mine]))                          # equation 3
             joint, residual = joint - entries, residual - entries[mine]                 # r_(k+1)
             all_codes.append(codes[mine].view(B, T))
         quantized = x - residual.view(B, T, Z).transpose(1, 2)                          # sum of the entries (B, Z, T)

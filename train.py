@@ -334,7 +334,7 @@ class CodecTraining:
             judge = self.extra["discriminator"]
             losses |= {name: loss for name, loss in generator_losses(judge(leaf), judge(wav)).items()
                        if name in self.weights}
-        total = sum(self.weights[name] * loss for name, loss in losses.items())
+        total = sum(self.weights[name] * loss for name, loss in losses.items())     # EnCodec, equation 4
         if self.config.balancer:
             self.extra["balancer"].backward(losses, leaf)
             gradient = leaf.grad
