@@ -318,10 +318,10 @@ def add_drums(track, tune, offbeats, start, beat, sample_rate, rng):
     between = () if not offbeats else (1 / 3, 2 / 3) if tune.metre == "6/8" else (1 / 2,)
     for i in range(tune.bar):
         loud, strong = rng.uniform(0.85, 1.0), i == 0 or (i == 2 and tune.bar == 4)
-        add(track, drum("kick" if strong else "snare", sample_rate), start + i * beat, sample_rate, 1.3 * loud)
-        add(track, drum("hat", sample_rate), start + i * beat, sample_rate, loud)
+        add(track, drum("kick" if strong else "snare", sample_rate), start + i * beat, sample_rate, 1.9 * loud)
+        add(track, drum("hat", sample_rate), start + i * beat, sample_rate, 1.4 * loud)
         for part in between:
-            add(track, drum("hat", sample_rate), start + (i + part) * beat, sample_rate, 0.6 * loud)
+            add(track, drum("hat", sample_rate), start + (i + part) * beat, sample_rate, 0.8 * loud)
 
 
 def render(tune: Tune, instrument: str, bpm: float, transpose: int, drums: bool, bass: bool, seconds: float,
