@@ -16,6 +16,7 @@ In training, conditions are dropped at random so that the model also learns to p
 what classifier-free guidance needs. All those draws are pure functions of a random generator at the end of
 this file, one item at a time (the original draws once for a whole batch), and never happen in evaluation.
 """
+import re
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 
 from config import Config, UserError, read_json
 
+SMALL = ("bytes", "words")      # T5s of our own, trained along
 T5_WIDTHS = {"t5-small": 512, "t5-base": 768, "t5-large": 1024, "google/flan-t5-base": 768}  # no download to know
 
 
@@ -51,16 +53,18 @@ class T5Conditioner(nn.Module):
     """Text -> frames of the language model's width: T5's encoder, then a linear layer.
 
     T5 itself comes from transformers. Frozen, it is no part of this module's parameters or state (its name in
-    the configuration is enough); with `t5_finetune`, or as the small byte-level T5 "bytes", it is trained along.
+    the configuration is enough); with `t5_finetune`, or as a small T5 of our own, it is trained along. Those read
+    "bytes", or "words": those of `t5_words`, every other one as the same unknown word.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.name, self.trained = config.t5, config.t5_finetune or config.t5 == "bytes"
+        self.name, self.trained = config.t5, config.t5_finetune or config.t5 in SMALL
+        self.words = {word: n for n, word in enumerate(config.t5_words.split(), start=3)}
         self.frozen = []            # [T5] once loaded: a list hides it from parameters() and state_dict()
         self._tokenizer = None
-        if config.t5 == "bytes":
-            self.t5 = byte_t5(config)
+        if config.t5 in SMALL:
+            self.t5 = small_t5(config)
             width = config.t5_dim
         elif self.trained:
             self.t5 = load_t5(config.t5)
@@ -81,8 +85,10 @@ class T5Conditioner(nn.Module):
 
     def tokenize(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts -> token ids (B, P) and their mask (B, P) bool, right-padded, an end token closing each."""
-        if self.name == "bytes":    # the ids of ByT5: 0 padding, 1 end, byte + 3
-            ids = [[b + 3 for b in text.encode()[:511]] + [1] for text in texts]
+        if self.name in SMALL:      # the ids of ByT5: 0 padding, 1 end, byte + 3; or 2 an unknown word, 3 the first known one
+            ids = [[b + 3 for b in text.encode()] if self.name == "bytes" else
+                   [self.words.get(word, 2) for word in re.findall(r"\w+|[^\w\s]+", text.lower())] for text in texts]
+            ids = [row[:511] + [1] for row in ids]
             longest = max(map(len, ids))
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
             return ids, ids != 0
@@ -93,7 +99,7 @@ class T5Conditioner(nn.Module):
     def tokenizer(self):
         """The tokenizer of transformers, loaded when first needed."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.name)
+            self._tokenizer = load_tokenizer(self.name, self.words)
         return self._tokenizer
 
     def forward(self, texts: list[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,11 +130,11 @@ def new_t5(config) -> nn.Module:
     return t5
 
 
-def byte_t5(config: Config) -> nn.Module:
-    """A small T5 encoder over bytes with random weights; needs no files and no network."""
+def small_t5(config: Config) -> nn.Module:
+    """A small T5 encoder over bytes or words with random weights; needs no files and no network."""
     from transformers import T5Config
     return new_t5(T5Config(
-        vocab_size=259, d_model=config.t5_dim, d_kv=config.t5_dim // config.t5_heads, d_ff=4 * config.t5_dim,
+        vocab_size=259 if config.t5 == "bytes" else 3 + len(config.t5_words.split()), d_model=config.t5_dim, d_kv=config.t5_dim // config.t5_heads, d_ff=4 * config.t5_dim,
         num_layers=config.t5_layers, num_heads=config.t5_heads, dropout_rate=0.0,
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False))
 
@@ -164,12 +170,19 @@ def load_t5(name: str) -> nn.Module:
     return t5
 
 
-def load_tokenizer(name: str):
-    """The tokenizer of a hub id or directory; for "bytes" ByT5's, which makes the ids that `tokenize` makes."""
-    from transformers import AutoTokenizer, ByT5Tokenizer
+def load_tokenizer(name: str, words: dict):
+    """The tokenizer of a hub id or directory; for "bytes" and "words" one that makes the ids that `tokenize` makes."""
+    from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
     from checkpoints.files import open_checkpoint
     if name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
+    if name == "words":
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+        inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2} | words, unk_token="<unk>"))
+        inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+        inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+                                       model_max_length=512)
     try:
         return AutoTokenizer.from_pretrained(open_checkpoint(name), trust_remote_code=False)
     except Exception as error:  # of all kinds

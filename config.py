@@ -82,9 +82,10 @@ class Config:
 
     # --- text conditioner ------------------------------------------------------------------------------
     text: str = "prepend"               # how text enters: prepend, cross, sum, interpolate or none
-    t5: str = "t5-base"                 # a hub id or directory; "bytes": a small T5 of our own, trained along
-    t5_finetune: bool = False           # train T5 too ("bytes" always is)
-    t5_dim: int = 128                   # width, layers and heads of the "bytes" T5 (others bring their own)
+    t5: str = "t5-base"                 # a hub id or directory; "bytes", "words": a small T5 of our own, trained along
+    t5_finetune: bool = False           # train T5 too (one of our own always is)
+    t5_words: str = ""                  # what "words" tells apart, with blanks between; all other words are one and the same
+    t5_dim: int = 128                   # width, layers and heads of a T5 of our own (others bring theirs)
     t5_layers: int = 2
     t5_heads: int = 4
     word_dropout: float = 0.2           # each word of a description is dropped with this probability
@@ -327,12 +328,14 @@ def _check(c: Config):
             raise UserError(f"{key} = {value}: must be {'zero or ' if key in ZERO_OK else ''}positive")
         if field.type in (int, float) and value > LARGEST.get(key, 1e9):
             raise UserError(f"{key} = {short(value)}: must be {LARGEST.get(key, 10 ** 9):,} at most")
-        if field.type is str and key != "init_from" and not value:
+        if field.type is str and key not in ("init_from", "t5_words") and not value:
             raise UserError(f"{key} = '': must not be empty")
     for key, few, most in (("ratios", 1, 1000), ("delays", 0, 10_000), ("disc_windows", 16, 2 ** 20)):
         value = getattr(c, key)
         if not 1 <= len(value) <= 64 or not few <= min(value) <= max(value) <= most:
             raise UserError(f"{key} = {short(value)}: must be 1 to 64 integers from {few} to {most:,}")
+    if c.t5 == "words" and not c.t5_words.strip():
+        raise UserError("t5 = 'words': t5_words must say which")
     if c.stride > 10 ** 6:
         raise UserError(f"ratios = {c.ratios}: their product must be 1,000,000 at most")
     if c.compress > c.n_filters:

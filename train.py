@@ -253,7 +253,7 @@ class EMA:
                 torch._foreach_copy_(self.values(), kept)
 
 
-TABLES = r"(^|\.)(emb|heads|proj|shared|embed_tokens|relative_attention_bias)\."  # and heads: no hidden matrices
+ADAMS = r"(^|\.)(emb|heads|proj|t5)\."   # no hidden matrices, and T5, whose attention without a scale Muon saturates
 
 
 def build_optimizers(module, extra, config: Config) -> list:
@@ -270,7 +270,7 @@ def build_optimizers(module, extra, config: Config) -> list:
         optimizers = [torch.optim.AdamW(params, config.lr, **shared)]
     else:
         directions = [p for name, p in named if name.endswith("weight.original1")]  # of weight norm
-        matrices = [p for name, p in named if p.ndim >= 2 and name.endswith("weight") and not re.search(TABLES, name)]
+        matrices = [p for name, p in named if p.ndim >= 2 and name.endswith("weight") and not re.search(ADAMS, name)]
         rest = [p for p in params if all(p is not other for other in directions + matrices)]
         groups = [dict(params=directions, keep_norm=True), dict(params=matrices)]
         precision = torch.float32 if config.dtype == "float32" else torch.bfloat16

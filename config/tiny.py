@@ -5,7 +5,7 @@
     python train.py config/tiny.py
 
 The architecture is config/melody.py's: melody and text in front, delay pattern, guidance. What differs helps
-so small a model in so short a run: a byte-level T5 trained along instead of t5-base, rotary positions that give a
+so small a model in so short a run: a T5 of words trained along instead of t5-base, rotary positions that give a
 melody frame the time of the music it belongs to, normalised queries and keys, and Muon.
 """
 task = "lm"
@@ -23,7 +23,13 @@ stem = "hpss"                  # of what a user gives; the data set brings its m
 melody_dropout = 0.4           # these play from text alone: tempo is learnt from the words then
 n_eval_wavs = 100
 
-t5 = "bytes"
+t5 = "words"                   # read from bytes, the text tells next to nothing for the first thousand updates
+t5_words = ("flute violin fiddle guitar acoustic plucked organ pipe church clarinet trumpet bell glockenspiel chime piano "
+            "synth synthesizer lead drums drum bass no without unaccompanied alone solo slow gentle unhurried leisurely "
+            "medium moderate mid walking fast lively quick brisk calm peaceful sad melancholic warm friendly thoughtful "
+            "serious happy cheerful restless energetic major minor folk classical hymn carol 66 67 68 69 70 71 72 73 74 75 "
+            "76 77 78 79 80 96 97 98 99 100 101 102 103 104 105 106 107 108 109 110 111 112 138 139 140 141 142 143 144 "
+            "145 146 147 148 149 150 151 152 153 154 155 156 157 158 159 160")
 t5_dim = 128
 t5_layers = 2
 t5_heads = 4
@@ -39,10 +45,10 @@ dropout = 0.1
 positional_embedding = "rope"
 qk_layer_norm = True
 cfg_dropout = 0.1
-history_dropout = 0.4          # what has sounded tells the instrument better than any caption: at times it may not
+history_dropout = 0.5          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 17
+epochs = 13
 updates_per_epoch = 300
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conditioners import Conditioners, augment_description, drop_conditions, null_melody, word_dropout
+from conditioners import Conditioners, T5Conditioner, augment_description, drop_conditions, null_melody, word_dropout
 from config import Config
 from lm import LMModel
 
@@ -132,7 +132,7 @@ def test_nothing_is_dropped_in_evaluation():
     T, M = data.config.segment_frames, data.config.chroma_frames
     meta = dict(description="a slow and sad flute", key="d minor")
     track = dict(file="a", shard=0, codes_start=0, frames=T, chroma_start=0, chroma_frames=M, weight=1, meta=meta)
-    data.tracks, data.sums, data.T, data.grid = [track], np.array([1.0]), T, 10 ** 6
+    data.tracks, data.sums, data.T, data.grid = [track, dict(track, file="b")], np.array([1.0, 2.0]), T, 10 ** 6
     data.shards = [(np.zeros((T, 4), np.uint16), np.full(M, 3, np.uint8))]
     for train in (False, True):
         items = [data.item(np.random.default_rng(n), train) for n in range(200)]
@@ -143,6 +143,18 @@ def test_nothing_is_dropped_in_evaluation():
             assert again == [item["text"] for item in items], "the draws follow the seed"
         else:
             assert texts == {"a slow and sad flute"} and melodies == {True}
+
+
+@pytest.mark.parametrize("options", [dict(t5="bytes"), dict(t5="words", t5_words="slow flute drums 104")])
+def test_small_t5s_read_as_the_tokenizer_that_is_exported_with_them(options):
+    text = T5Conditioner(dataclasses.replace(TINY, **options)).eval()
+    texts = ["A slow FLUTE, over drums (104 bpm)", "", "jazz at 104", "x" * 900, "slow " * 900]
+    ids, mask = text.tokenize(texts)
+    theirs = text.tokenizer()(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
+    assert torch.equal(ids, theirs["input_ids"]) and torch.equal(mask, theirs["attention_mask"].bool())
+    with torch.no_grad():
+        a, b, c = (text([words])[0] for words in ("jazz 104", "rock 104", "jazz flute"))
+    assert torch.equal(a, b) == (options["t5"] == "words") and a.shape != c.shape or not torch.equal(a, c)
 
 
 def test_a_t5_is_frozen_or_trained_along(tmp_path):
