@@ -449,7 +449,8 @@ def training():
         for split, look in (("train", dict(linewidth=1.2, alpha=0.85)),
                             ("valid", dict(marker="o", markersize=6, linestyle="none"))):
             rows = [line for line in lines if line["split"] == split]
-            x, y = [line["update"] for line in rows], [line[f"ce_{k + 1}"] for line in rows]
+            name = f"own_ce_{k + 1}" if split == "valid" else f"ce_{k + 1}"      # with the track's own melody, as in training
+            x, y = [line["update"] for line in rows], [line[name] for line in rows]
             axes.plot(x, y, color=BOOKS[k], label=f"codebook {k + 1}" if split == "train" else None, **look)
             if split == "valid" and rows:
                 axes.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center", size=9,

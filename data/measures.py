@@ -146,7 +146,7 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
 
 
 def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
-    """Perplexity of held-out segments under their text and the melody of another track (and loss_own, under their own);
+    """Perplexity of held-out segments under their text and the melody of another track (and own_loss, under their own);
     then one sample for each such text and melody: its chroma against that melody (and, shuffled, against a third), and
     the Frechet distance to the segments."""
     model, data = MusicGen.from_pretrained(str(out), config.device), TokenSegments(config, split)
@@ -170,7 +170,7 @@ def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
     ces, own = torch.stack(ces).mean(0), torch.stack(own).mean().item()
     figures = with_perplexity({"loss": ces.mean().item(), **{f"ce_{k + 1}": x for k, x in enumerate(ces.tolist())}})
     if rows:
-        figures["loss_own"] = own
+        figures["own_loss"] = own
         names = ("chroma_cosine", "chroma_agreement", "chroma_agreement_shuffled")
         figures |= dict(zip(names, torch.cat(rows).mean(0).tolist()))
     if config.eval_tunes:

@@ -134,7 +134,7 @@ def lm_run(data, tmp_path_factory):
 def test_lm_trains_and_writes_all_that_a_model_needs(lm_run, data):
     train, valid = lines(lm_run, "train"), lines(lm_run, "valid")
     assert [line["update"] for line in valid] == [7, 14, 20]
-    assert {"loss_own", "ppl"} <= valid[0].keys() and abs(np.exp(valid[0]["loss"]) / valid[0]["ppl"] - 1) < 1e-4
+    assert {"own_loss", "ppl"} <= valid[0].keys() and abs(np.exp(valid[0]["loss"]) / valid[0]["ppl"] - 1) < 1e-4
     assert {"loss", "ce_1", "ce_2", "ppl", "ppl_1", "lr", "d_lr", "grad_norm", "tokens_per_s", "data_wait",
             "memory_gb"} <= train[0].keys()
     assert abs(train[3]["loss"] - (train[3]["ce_1"] + train[3]["ce_2"]) / 2) < 1e-5
