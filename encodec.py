@@ -107,7 +107,7 @@ class ResidualUnit(nn.Module):
         hidden = channels // config.compress
         self.block = nn.Sequential(
             nn.ELU(), Conv(config, channels, hidden, config.residual_kernel_size, dilation=dilation),
-            nn.ELU(), Conv(config, hidden, channels, 1))
+            nn.ELU(inplace=True), Conv(config, hidden, channels, 1))
         self.shortcut = nn.Identity() if config.true_skip else Conv(config, channels, channels, 1)
 
     def forward(self, x):
@@ -137,7 +137,7 @@ def build_encoder(config: Config) -> nn.Sequential:
     layers = [Conv(config, config.channels, width, config.kernel_size)]
     for ratio in reversed(config.ratios):
         layers += [ResidualUnit(config, width, config.dilation_base ** i) for i in range(config.n_residual_layers)]
-        layers += [nn.ELU(), Conv(config, width, 2 * width, 2 * ratio, stride=ratio)]
+        layers += [nn.ELU(inplace=True), Conv(config, width, 2 * width, 2 * ratio, stride=ratio)]
         width *= 2
     layers += [LSTM(config, width)] if config.lstm else []
     return nn.Sequential(*layers, nn.ELU(), Conv(config, width, config.dimension, config.last_kernel_size))
@@ -148,11 +148,11 @@ def build_decoder(config: Config) -> nn.Sequential:
     width = config.n_filters * 2 ** len(config.ratios)
     layers = [Conv(config, config.dimension, width, config.kernel_size)]
     layers += [LSTM(config, width)] if config.lstm else []
-    for ratio in config.ratios:
-        layers += [nn.ELU(), ConvTranspose(config, width, width // 2, 2 * ratio, stride=ratio)]
+    for n, ratio in enumerate(config.ratios):     # behind an LSTM not in place: `stream` needs its output again
+        layers += [nn.ELU(inplace=n > 0), ConvTranspose(config, width, width // 2, 2 * ratio, stride=ratio)]
         width //= 2
         layers += [ResidualUnit(config, width, config.dilation_base ** i) for i in range(config.n_residual_layers)]
-    return nn.Sequential(*layers, nn.ELU(), Conv(config, width, config.channels, config.last_kernel_size))
+    return nn.Sequential(*layers, nn.ELU(inplace=True), Conv(config, width, config.channels, config.last_kernel_size))
 
 
 class EncodecModel(nn.Module):
@@ -340,9 +340,13 @@ def conv_by_products(conv, x):
     (k,), (s,), (d,), weight = conv.kernel_size, conv.stride, conv.dilation, conv.weight.permute(2, 1, 0)
     B, C, L = x.shape
     T = (L - d * (k - 1) - 1) // s + 1
-    frames, weight = x.mT.reshape(B, L // s, s * C), weight.reshape(k // s, s * C, -1)
-    if min(C, len(conv.weight)) < 8:    # too few numbers for many products: all of a window at once
+    if s == 1 and len(conv.weight) < 8:     # few outputs: one product for the whole kernel, then what belongs together is added
+        parts = (x.mT @ weight.permute(1, 0, 2).flatten(1)).float().view(B, L, k, -1)
+        return (sum(parts[:, n * d:n * d + T, n] for n in range(k)) + conv.bias.float()).to(x.dtype).mT
+    if C < 8:                               # few inputs: all of a window at once
         frames, weight = x.unfold(-1, d * (k - 1) + 1, s)[..., ::d].permute(0, 2, 3, 1).flatten(2), weight.flatten(0, 1)[None]
+    else:
+        frames, weight = x.mT.reshape(B, L // s, s * C), weight.reshape(k // s, s * C, -1)
     y = x.new_empty(B, T, len(conv.weight))
     for item, rows in zip(y, frames):
         torch.addmm(conv.bias, rows[:T], weight[0], out=item)
