@@ -44,6 +44,7 @@ class Config:
     channels: int = 1                   # C, audio channels: 1 mono, 2 stereo
     sample_rate: int = 32000            # Hz
     segment_duration: float = 30.0      # s, length of a training example
+    start_p: float = 0.0                # a segment of training begins where its track begins with this probability, else anywhere
 
     # --- codec: EnCodec (encodec.py, rvq.py) ---------------------------------------------------------
     codec: str = "facebook/encodec_32khz"  # lm: the codec it speaks; a hub id or a directory
@@ -107,6 +108,8 @@ class Config:
     cfg_dropout: float = 0.2            # all conditions of an item dropped in training (classifier-free guidance)
     history_dropout: float = 0.0        # an item sees few of its own codes in training, a random share: where what has
     #                                     sounded tells little, text and melody are listened to (ours: config/tiny.py)
+    early_weight: float = 1.0           # of the first EARLY frames in the loss of training: as music begins it goes on, and
+    #                                     all that is not told by what has sounded is decided there (ours: config/tiny.py)
     cfg_coef: float = 3.0               # guidance at sampling
 
     # --- training (train.py) -----------------------------------------------------------------------------
@@ -303,7 +306,7 @@ CHOICES = dict(
     null_melody=("zeros", "c"), positional_embedding=("sin", "rope"),
     pattern=("delay", "parallel", "unroll", "coarse_first", "musiclm"),
     optim=("dadam", "adamw", "muon"), sharding=("ddp", "fsdp"), channels=(1, 2))
-PROBABILITIES = ("melody_dropout word_dropout merge_text_p drop_desc_p drop_other_p dropout cfg_dropout history_dropout top_p "
+PROBABILITIES = ("start_p melody_dropout word_dropout merge_text_p drop_desc_p drop_other_p dropout cfg_dropout history_dropout top_p "
                  "lr_min_ratio").split()
 LARGEST = {key: most for most, keys in (  # a stranger's checkpoint or a slip must not take all memory, or for ever
     (64, "n_q lstm n_residual_layers hidden_scale dilation_base"),

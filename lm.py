@@ -265,7 +265,10 @@ class LMModel(nn.Module):
         steps = self.pattern.steps(T, keep_only_valid_steps=True)
         conditions = self.conditioner(texts or [None] * B, chroma, has_melody, steps)
         logits, mask = self.compute_predictions(codes, conditions)                      # (B, K, T, V), (K, T)
-        ce = codebook_cross_entropy(logits, codes, mask)                                # (K,)
+        weight = 1.0
+        if self.training and self.config.early_weight != 1:
+            weight = torch.where(torch.arange(T, device=codes.device) < EARLY, self.config.early_weight, 1.0)   # (T,)
+        ce = codebook_cross_entropy(logits, codes, mask, weight)                        # (K,)
         return ce.mean(), ce.detach()
 
     # --- saving and loading: formats of others are in checkpoints/formats.py -----------------------------------------
@@ -298,7 +301,10 @@ TIED = ("conditioner.text.t5.shared.weight", "conditioner.text.t5.encoder.embed_
 SCALE = ".scale"    # beside an int8 matrix: what its rows are to be multiplied by
 
 
-def codebook_cross_entropy(logits, codes, mask) -> torch.Tensor:
+EARLY = 10  # frames, 0.2 s
+
+
+def codebook_cross_entropy(logits, codes, mask, weight=1.0) -> torch.Tensor:
     """logits (B, K, T, V), codes (B, K, T), mask (K, T) or (B, K, T) -> mean over valid positions, (K,).
 
     Minus the logarithm of p_tk of MusicGen's equation 3, of each codebook in the light of all columns before its own.
@@ -309,7 +315,8 @@ def codebook_cross_entropy(logits, codes, mask) -> torch.Tensor:
     # invalid logits are NaN, so that a wrong mask fails loudly: they must not reach the sum, nor its gradient
     ce = [F.cross_entropy(torch.where(mask[:, k, :, None], logits[:, k].float(), 0.0).flatten(0, 1), codes[:, k].flatten(),
                           reduction="none").view(B, T) for k in range(K)]   # one codebook at a time: less memory
-    return (torch.stack(ce, 1) * mask).sum((0, 2)) / mask.sum((0, 2)).clamp(min=1)
+    weight = mask * weight                                                              # (B, K, T); weight (T,) or 1
+    return (torch.stack(ce, 1) * weight).sum((0, 2)) / weight.sum((0, 2)).clamp(min=1)
 
 
 # --- generation ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ out_dir = "out/tiny"
 data_dir = "data/prepared"
 sample_rate = 16000
 segment_duration = 5.12        # s: 256 frames
+start_p = 0.6                  # the embedded clips begin on a bar line: from there a tempo says when things will sound
 codec = "out/tiny_codec"
 ratios = (5, 4, 4, 4)
 n_q = 4
@@ -45,6 +46,7 @@ dropout = 0.1
 positional_embedding = "rope"
 qk_layer_norm = True
 cfg_dropout = 0.1
+early_weight = 8.0             # whether there are drums, say, is decided with the first beat
 history_dropout = 0.5          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8

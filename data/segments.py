@@ -147,7 +147,10 @@ class TokenSegments:
         """
         track = self.tracks[pick(self.sums, rng)]
         places = (track["frames"] - self.T) * self.config.stride // self.grid + 1
-        segment = self.segment(track, int(rng.integers(places)) * self.grid, rng if train else None)
+        place = int(rng.integers(places))
+        if train and self.config.start_p and rng.random() < self.config.start_p:
+            place = 0
+        segment = self.segment(track, place * self.grid, rng if train else None)
         if train:
             return segment
         others = [t for t in spread(self.tracks, self.config.n_eval_wavs) if t is not track]
