@@ -50,7 +50,7 @@ early_weight = 8.0             # whether there are drums, say, is decided with t
 history_dropout = 0.5          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 13
+epochs = 15
 updates_per_epoch = 300
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"
