@@ -795,7 +795,7 @@ def main(argv):
 
     def ask_to_stop(number, frame):  # the first Ctrl-C ends the run after this update; the second one at once
         interrupted.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # not SIGTERM: torchrun sends it to all as soon as Ctrl-C is pressed
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
     try:

@@ -274,7 +274,7 @@ def stop_at(config, update: int, resume=False):
     training.train(config, resume, interrupted=AskedAt())
 
 
-def in_a_fork(config, seconds=None, number=signal.SIGKILL):
+def in_a_fork(config, seconds=None, *numbers):
     """Trains in a copy of this process and signals it some seconds after its next line of metrics: a moment counted
     from the start of the process would come before the first update on one machine and after the last on another."""
     metrics = Path(config.out_dir) / "metrics.jsonl"
@@ -296,7 +296,8 @@ def in_a_fork(config, seconds=None, number=signal.SIGKILL):
         while told() <= told_before and time.monotonic() < until:
             time.sleep(0.002)
         time.sleep(seconds)
-        os.kill(child, number)
+        for number in numbers or [signal.SIGKILL]:
+            os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -333,9 +334,11 @@ def test_a_run_killed_before_its_last_weights_were_written_is_completed(codec_ru
     assert (tmp_path / "out" / "samples" / "0_update0000020.wav").exists()
 
 
-def test_ctrl_c_writes_a_checkpoint_and_ends(data, tmp_path):
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]], ids=["alone", "torchrun"])
+def test_ctrl_c_writes_a_checkpoint_and_ends(data, tmp_path, signals):
+    """Under torchrun the terminal's SIGINT is followed by torchrun's own SIGTERM."""
     config = Config(**settings(data, tmp_path / "out", "lm", epochs=1000, save_every=0))
-    assert in_a_fork(config, 0.1, signal.SIGINT) == 130
+    assert in_a_fork(config, 0.1, *signals) == 130
     done = len(losses(config.out_dir))
     with safe_open(tmp_path / "out" / "state.safetensors", "pt") as file:
         assert json.loads(file.metadata()["info"])["update"] == done > 0
