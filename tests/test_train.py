@@ -298,6 +298,7 @@ def in_a_fork(config, seconds=None, *numbers):
         time.sleep(seconds)
         for number in numbers or [signal.SIGKILL]:
             os.kill(child, number)
+            time.sleep(0.003)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
