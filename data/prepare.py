@@ -256,16 +256,16 @@ class Preparer:
         reader = pieces()
         head = list(itertools.islice(reader, 2))
         if len(head) == 1 or self.codec.config.norm == "time_group_norm":  # that norm needs the whole recording
-            codes = self.codec.encode(torch.cat([*head, *reader], -1)).cpu()
+            codes = rows(self.codec.encode(torch.cat([*head, *reader], -1)))
         else:
             short = (x for piece in itertools.chain(head, reader) for x in piece.split(500 * self.codec.stride, -1))
-            codes = torch.cat([self.codec.quantizer.encode(z).cpu() for z in stream(self.codec.encoder, short)], -1)
+            codes = np.concatenate([rows(self.codec.quantizer.encode(z)) for z in stream(self.codec.encoder, short)])
         if melody != path:
             classes = [self.classes(*block) for block in self.blocks(melody)]
         M = self.extractor.frames(samples)
         classes = np.concatenate(classes)[:M]
         classes = np.pad(classes, (0, M - len(classes)))  # silence is class 0, as argmax has it
-        return codes.permute(2, 1, 0).flatten(1).numpy().astype(np.uint16), classes  # columns 1L 1R 2L 2R ...
+        return codes, classes
 
     def blocks(self, path):
         return blocks(path, self.codec.sample_rate, self.channels, self.context, self.block)
@@ -276,6 +276,11 @@ class Preparer:
         first = lead // self.extractor.hop
         count = None if last else first + new // self.extractor.hop
         return chroma[first:count].argmax(-1).to(torch.uint8).cpu().numpy()
+
+
+def rows(codes) -> np.ndarray:
+    """Codes (B, K, T), B the sides of a stereo pair -> (T, K B) uint16, columns 1L 1R 2L 2R ..."""
+    return codes.permute(2, 1, 0).flatten(1).cpu().numpy().astype(np.uint16)
 
 
 # --- shards: append only, with a log of what is whole --------------------------------------------------------
