@@ -25,6 +25,7 @@ from conditioners import Conditions
 from config import Config, UserError, write_atomic
 from lm import Cache, LMModel, Projection
 
+
 def quantize_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., rows, columns) -> int8 of the same shape, and the scale (..., rows) that brings it back."""
     scale = weight.abs().amax(-1).float().clamp(min=1e-12) / 127
