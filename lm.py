@@ -251,7 +251,7 @@ class LMModel(nn.Module):
         sequence, _ = self.pattern.build(codes, self.special, keep_only_valid_steps)
         if self.training and self.config.history_dropout:
             few, kept, each = (torch.rand(len(codes), 1, n, device=codes.device) for n in (1, 1, sequence.shape[-1]))
-            hidden = (few < self.config.history_dropout) & (each > kept ** 3)           # (B, 1, S): most steps, or all
+            hidden = (few < self.config.history_dropout) & (each > kept ** 6)           # (B, 1, S): most steps, or all
             sequence = torch.where(hidden, self.special, sequence)
         return self.pattern.revert_logits(self(sequence, conditions), T, keep_only_valid_steps)
 
@@ -301,7 +301,7 @@ TIED = ("conditioner.text.t5.shared.weight", "conditioner.text.t5.encoder.embed_
 SCALE = ".scale"    # beside an int8 matrix: what its rows are to be multiplied by
 
 
-EARLY = 10  # frames, 0.2 s
+EARLY = 50  # frames, 1 s
 
 
 def codebook_cross_entropy(logits, codes, mask, weight=1.0) -> torch.Tensor:

@@ -13,7 +13,7 @@ out_dir = "out/tiny"
 data_dir = "data/prepared"
 sample_rate = 16000
 segment_duration = 5.12        # s: 256 frames
-start_p = 0.6                  # the embedded clips begin on a bar line: from there a tempo says when things will sound
+start_p = 0.7                  # the embedded clips begin on a bar line: from there a tempo says when things will sound
 codec = "out/tiny_codec"
 ratios = (5, 4, 4, 4)
 n_q = 4
@@ -28,9 +28,8 @@ t5 = "words"                   # read from bytes, the text tells next to nothing
 t5_words = ("flute violin fiddle guitar acoustic plucked organ pipe church clarinet trumpet bell glockenspiel chime piano "
             "synth synthesizer lead drums drum bass no without unaccompanied alone solo slow gentle unhurried leisurely "
             "medium moderate mid walking fast lively quick brisk calm peaceful sad melancholic warm friendly thoughtful "
-            "serious happy cheerful restless energetic major minor folk classical hymn carol 66 67 68 69 70 71 72 73 74 75 "
-            "76 77 78 79 80 96 97 98 99 100 101 102 103 104 105 106 107 108 109 110 111 112 138 139 140 141 142 143 144 "
-            "145 146 147 148 149 150 151 152 153 154 155 156 157 158 159 160")
+            "serious happy cheerful restless energetic major minor folk classical hymn carol 73 74 75 76 77 97 98 99 "
+            "100 101 102 103 146 147 148 149 150 151 152 153 154")
 t5_dim = 128
 t5_layers = 2
 t5_heads = 4
@@ -46,7 +45,7 @@ dropout = 0.1
 positional_embedding = "rope"
 qk_layer_norm = True
 cfg_dropout = 0.1
-early_weight = 8.0             # whether there are drums, say, is decided with the first beat
+early_weight = 4.0             # whether there are drums, and how fast, is decided within the first second
 history_dropout = 0.5          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8

@@ -30,7 +30,7 @@ from config import Parser, UserError, run, write_atomic
 
 SPLITS = ("train", "valid", "test")
 TEST_TUNES, VALID_TUNES = 100, 20       # all others are for training
-TEMPI = dict(slow=(66, 80), medium=(96, 112), fast=(138, 160))  # beats per minute; a 6/8 beat is a dotted quarter
+TEMPI = dict(slow=(73, 77), medium=(97, 103), fast=(146, 154))  # beats per minute; a 6/8 beat is a dotted quarter
 MIN_NOTE = 0.17                         # s, mean; busier tunes get slower tempi, so that chroma frames can follow
 BAR = {"2/4": 2, "3/4": 3, "4/4": 4, "6/8": 2}  # beats
 PITCHES = dict(c=0, d=2, e=4, f=5, g=7, a=9, b=11)
@@ -165,6 +165,7 @@ INSTRUMENTS = dict(
                      decay=0.2, decay_slope=0.0, floor=0.35, detune=14))
 BASS = Instrument(("bass",), 33, 47, harmonics(5), 1.8, 0.008, 0.06, decay=0.8)
 LONGEST = 4.0                   # s, of a single note
+DRUM = 0.4                      # s, of a stroke
 TAKES = 2                       # slightly different notes of each pitch; a clip keeps to one take
 
 
@@ -208,18 +209,18 @@ def note(instrument: Instrument, pitch: int, take: int, sample_rate: int) -> np.
 @functools.lru_cache(maxsize=8)
 def drum(name: str, sample_rate: int) -> np.ndarray:
     """One stroke of "kick", "snare" or "hat", float32."""
-    time = np.arange(int(0.25 * sample_rate)) / sample_rate
+    time = np.arange(int(DRUM * sample_rate)) / sample_rate
     hiss = np.random.default_rng(len(name)).standard_normal(len(time))
     if name == "kick":
-        out = np.sin(2 * np.pi * (50 * time + 2.8 * (1 - np.exp(-time / 0.04)))) * np.exp(-time / 0.07)
+        out = 2 * np.sin(2 * np.pi * (50 * time + 2.8 * (1 - np.exp(-time / 0.04)))) * np.exp(-time / 0.12)
     elif name == "snare":
-        tone = 0.4 * np.sin(2 * np.pi * 185 * time) * np.exp(-time / 0.04)
-        out = 0.5 * np.diff(hiss, prepend=0) * np.exp(-time / 0.06) + tone
+        tone = 0.8 * np.sin(2 * np.pi * 185 * time) * np.exp(-time / 0.04)
+        out = np.diff(hiss, prepend=0) * np.exp(-time / 0.14) + tone
     else:
-        out = 0.25 * np.diff(hiss, 3, prepend=[0, 0, 0]) / 2.5 * np.exp(-time / 0.018)
+        out = 0.5 * np.diff(hiss, 3, prepend=[0, 0, 0]) / 2.5 * np.exp(-time / 0.08)
     rise = int(0.001 * sample_rate)
     out[:rise] *= np.arange(rise) / rise
-    return (out * np.cos(np.pi / 2 * time / 0.25)).astype(np.float32)
+    return (out * np.cos(np.pi / 2 * time / DRUM)).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=8)
