@@ -57,6 +57,11 @@ class Projection(nn.Linear):
         return F.linear(x, self.weight if rows is None else self.weight[rows])
 
 
+def causal(q, k, v):
+    """Attention of every position to itself and those before it; q, k, v and the result (B, H, S, E)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class Attention(nn.Module):
     """Multi-head attention, one packed projection for query, key and value, no biases."""
 
@@ -68,6 +73,7 @@ class Attention(nn.Module):
         self.out = Projection(config.dim, config.dim)
         norm = config.qk_layer_norm
         self.q_norm, self.k_norm = (nn.LayerNorm(width), nn.LayerNorm(width)) if norm else (nn.Identity(), nn.Identity())
+        self.attend = causal        # precision.py has a quicker one for training on the CPU
 
     def forward(self, x, angles=None, mask=None, cache=None):
         """Causal self-attention. x (B, S, D); angles (B, S, E/2): rotary positions; mask: what `cache` wants."""
@@ -79,7 +85,7 @@ class Attention(nn.Module):
         if cache is not None:
             x = cache.attend(q, k, v, mask)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)                 # (B, H, S, E)
+            x = self.attend(q, k, v)                                                    # (B, H, S, E)
         return self.out(x.transpose(1, 2).reshape(B, S, D))
 
     def keys_values(self, condition):
