@@ -49,7 +49,7 @@ early_weight = 4.0             # whether there are drums, and how fast, is decid
 history_dropout = 0.5          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 15
+epochs = 20
 updates_per_epoch = 300
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"
