@@ -69,6 +69,17 @@ INLINE void four_rows(const char *w, const float *x, float *y, long columns, int
 }
 
 #ifdef __AVX512VNNI__
+/* n numbers as whole ones of 15 bits -> what 1 stands for */
+static float whole_numbers(const float *x, int16_t *whole, long n)
+{
+    float top = 1e-30f;
+    for (long i = 0; i < n; i++)
+        top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    for (long i = 0; i < n; i++)
+        whole[i] = (int16_t)lrintf(x[i] * (32767 / top));
+    return top / 32767;
+}
+
 /* The same for int8 weights: x in whole numbers of 15 bits, 32 products an instruction, so that memory is the limit. */
 INLINE void four_rows_of_int8(const int8_t *w, const int16_t *x, int32_t *y, long columns, int N)
 {
@@ -120,14 +131,8 @@ void product(int kind, const char *w, const float *scale, const float *x, const 
     int whole = kind == INT8 && columns % 32 == 0 && columns <= 8192;   /* 127 * 32767 * 8192 / 16 fits 32 bits */
     int16_t rounded[whole ? batch * columns : 1];
     float unit[batch];      /* what 1 stands for */
-    for (long b = 0; whole && b < batch; b++) {
-        float top = 1e-30f;
-        for (long c = 0; c < columns; c++)
-            top = fabsf(x[b * columns + c]) > top ? fabsf(x[b * columns + c]) : top;
-        unit[b] = top / 32767;
-        for (long c = 0; c < columns; c++)
-            rounded[b * columns + c] = (int16_t)lrintf(x[b * columns + c] * (32767 / top));
-    }
+    for (long b = 0; whole && b < batch; b++)
+        unit[b] = whole_numbers(x + b * columns, rounded + b * columns, columns);
 #endif
     #pragma omp parallel
     {
@@ -186,19 +191,12 @@ static void store(const float *x, void *data, float *scale, long at, long E, int
         }
 }
 
-/* One head: q (E) to keys and values (length, E); p is room for the scores. */
-INLINE void one_head(const float *q, const void *k, const float *k_scale, const void *v, const float *v_scale,
-                     const float *hidden, float *p, float *out, long length, long E, int kind)
+/* Scores of `length` positions -> what each weighs, in place; `unit` is what a score of 1 stands for. */
+INLINE void softmax(float *p, const float *k_scale, const float *v_scale, const float *hidden, long length, float unit, int kind)
 {
     float top = -INFINITY, sum = 0;
-    for (long s = 0; s < length; s++) {
-        f8 dot = {0};
-        for (long e = 0; e < E; e += 8)
-            dot += F8(q + e) * load(k, s * E + e, kind);
-        p[s] = total(dot);
-    }
     for (long s = 0; s < length; s++)
-        p[s] *= (kind == INT8 ? k_scale[s] : 1) / sqrtf(E);
+        p[s] *= (kind == INT8 ? k_scale[s] : 1) * unit;
     if (hidden)
         for (long s = 0; s < length; s++)
             p[s] += hidden[s];
@@ -210,6 +208,19 @@ INLINE void one_head(const float *q, const void *k, const float *k_scale, const 
         sum += p[s];
     for (long s = 0; s < length; s++)
         p[s] *= (kind == INT8 ? v_scale[s] : 1) / sum;
+}
+
+/* One head: q (E) to keys and values (length, E); p is room for the scores. */
+INLINE void one_head(const float *q, const void *k, const float *k_scale, const void *v, const float *v_scale,
+                     const float *hidden, float *p, float *out, long length, long E, int kind)
+{
+    for (long s = 0; s < length; s++) {
+        f8 dot = {0};
+        for (long e = 0; e < E; e += 8)
+            dot += F8(q + e) * load(k, s * E + e, kind);
+        p[s] = total(dot);
+    }
+    softmax(p, k_scale, v_scale, hidden, length, 1 / sqrtf(E), kind);
     for (long first = 0; first < E; first += 64) {  /* as many sums as there are registers */
         f8 mean[8] = {{0}};
         long n = E - first < 64 ? (E - first) / 8 : 8;
@@ -225,6 +236,41 @@ INLINE void one_head(const float *q, const void *k, const float *k_scale, const 
             F8(out + first + 8 * e) = mean[e];
     }
 }
+
+#ifdef __AVX512VNNI__
+/* The same for keys and values in int8 and E = 64: q in whole numbers, four positions at a time. */
+static void one_head_of_int8(const float *q, const int8_t *k, const float *k_scale, const int8_t *v, const float *v_scale,
+                             const float *hidden, float *p, float *out, long length)
+{
+    int16_t whole[64];
+    float unit = whole_numbers(q, whole, 64);
+    __m512i q0 = _mm512_loadu_si512(whole), q1 = _mm512_loadu_si512(whole + 32);
+    for (long s = 0; s < length; s += 4) {
+        __m256i dots[4];
+        for (long i = 0; i < 4; i++) {
+            const int8_t *key = k + 64 * (s + i < length ? s + i : s);
+            __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)key));
+            __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(key + 32)));
+            a = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(_mm512_setzero_si512(), a, q0), b, q1);
+            dots[i] = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+        }
+        __m256i halves = _mm256_hadd_epi32(_mm256_hadd_epi32(dots[0], dots[1]), _mm256_hadd_epi32(dots[2], dots[3]));
+        __m128 four = _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+        memcpy(p + s, &four, sizeof(float) * (length - s < 4 ? length - s : 4));
+    }
+    softmax(p, k_scale, v_scale, hidden, length, unit / 8, INT8);
+    __m512 mean[4] = {{0}};
+    for (long s = 0; s < length; s++) {
+        __m512 weight = _mm512_set1_ps(p[s]);
+        for (long i = 0; i < 4; i++) {
+            __m512i value = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(v + 64 * s + 16 * i)));
+            mean[i] = _mm512_fmadd_ps(weight, _mm512_cvtepi32_ps(value), mean[i]);
+        }
+    }
+    for (long i = 0; i < 4; i++)
+        _mm512_storeu_ps(out + 16 * i, mean[i]);
+}
+#endif
 
 /* Stores the newest key and value, if there are any, at position length - 1, and attends from q to all `length`.
    q, k_new, v_new: rows of `stride` numbers, one an item, of heads x E; k, v (batch, heads, steps, E) and their
@@ -243,9 +289,12 @@ void attend(int kind, const float *q, const float *k_new, const float *v_new, lo
             store(k_new + row, k + data, ks, length - 1, E, kind);
             store(v_new + row, v + data, vs, length - 1, E, kind);
         }
+#ifdef __AVX512VNNI__
         if (kind == INT8 && E == 64)
-            one_head(q + row, k + data, ks, v + data, vs, h, p, out + i * E, length, 64, INT8);
-        else if (kind == INT8)
+            one_head_of_int8(q + row, (void *)(k + data), ks, (void *)(v + data), vs, h, p, out + i * E, length);
+        else
+#endif
+        if (kind == INT8)
             one_head(q + row, k + data, ks, v + data, vs, h, p, out + i * E, length, E, INT8);
         else if (kind == BFLOAT16)
             one_head(q + row, k + data, ks, v + data, vs, h, p, out + i * E, length, E, BFLOAT16);
