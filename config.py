@@ -18,10 +18,12 @@ file appears whole or not at all).
 import argparse
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import json
 import os
+import platform
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -395,6 +397,7 @@ def run(main, *args):
     """Runs a command: what its caller can put right becomes one sentence on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    keep_memory()
     try:
         result = main(*args)
         sys.stdout.flush()
@@ -415,6 +418,17 @@ def run(main, *args):
         sys.exit(130)
     print(f"{Path(sys.argv[0]).name}:", *map(str.strip, str(sentence).splitlines()), file=sys.stderr)
     sys.exit(2)
+
+
+def keep_memory():
+    """Lets this process keep the memory that it frees, for the next update or piece.
+
+    Else glibc gives large blocks back to the system and gets them anew, page by page: a fifth of an update on the CPU.
+    """
+    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)     # M_MMAP_MAX: large blocks come from the heap, too
+        libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: whose end is never given back
 
 
 def write_atomic(path, content):

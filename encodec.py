@@ -37,8 +37,13 @@ def pad1d(x, left: int, right: int, mode: str):
     which are cut off again afterwards (as the original)."""
     missing = max(0, max(left, right) - x.shape[-1] + 1) if mode == "reflect" else 0
     x = F.pad(x, (0, missing)) if missing else x
-    # where channels lie next to each other in memory (`fold`) they are to stay so
-    padded = F.pad(x.mT, (0, 0, left, right), mode).mT if x.stride(1) == 1 else F.pad(x, (left, right), mode)
+    if x.stride(1) == 1 and mode == "reflect":  # channels lie next to each other in memory (`fold`) and are to stay so
+        B, C, L = x.shape
+        padded = x.new_empty(B, left + L + right, C).mT
+        padded[..., left:left + L] = x
+        padded[..., :left], padded[..., left + L:] = x[..., 1:left + 1].flip(-1), x[..., L - 1 - right:-1].flip(-1)
+    else:
+        padded = F.pad(x.mT, (0, 0, left, right), mode).mT if x.stride(1) == 1 else F.pad(x, (left, right), mode)
     return padded[..., :padded.shape[-1] - missing]
 
 

@@ -257,7 +257,7 @@ class LMModel(nn.Module):
         sequence, _ = self.pattern.build(codes, self.special, keep_only_valid_steps)
         if self.training and self.config.history_dropout:
             few, kept, each = (torch.rand(len(codes), 1, n, device=codes.device) for n in (1, 1, sequence.shape[-1]))
-            hidden = (few < self.config.history_dropout) & (each > kept ** 6)           # (B, 1, S): most steps, or all
+            hidden = (few < self.config.history_dropout) & (each > kept ** 8)           # (B, 1, S): most steps, or all
             sequence = torch.where(hidden, self.special, sequence)
         return self.pattern.revert_logits(self(sequence, conditions), T, keep_only_valid_steps)
 

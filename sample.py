@@ -33,7 +33,7 @@ from config import Parser, UserError, pick_device, run, write_atomic
 from data.audio import FORMATS, read_audio, write_audio
 from data.page import page_path, write_page
 from encodec import EncodecModel
-from lm import LMModel, condition_passes, generate
+from lm import Cache, LMModel, condition_passes, generate
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "auto": None}
@@ -69,7 +69,7 @@ class MusicGen:
 
         dtype: of the language model's weights, "float32", "bfloat16", "float16", "int8" (on the CPU) or "auto", the
         fastest for the device; the codec stays in float32, but for its decoder on a CPU that computes in bfloat16.
-        compile: the layers by torch.compile; on the CPU in place of kernels.c.
+        compile: the layers by torch.compile, but where kernels.c, compiled as it is, serves them.
         Raises UserError naming what is missing or does not fit.
         """
         # oneDNN keeps the code it compiles for every new length, up to 1,024 pieces: memory would grow for hours
@@ -83,7 +83,7 @@ class MusicGen:
         lm = LMModel.from_pretrained(directory, DTYPES[dtype]).to(device)
         if device.type == "cpu" and dtype != "float16":
             quicken(lm)
-        if compile:
+        if compile and lm.cache is Cache:
             lm.compile_layers()
         codec = load_codec(directory, lm).fold()
         if dtype in ("bfloat16", "int8") and device.type == "cpu" and has_bfloat16():
@@ -270,7 +270,7 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="float32", choices=list(DTYPES), help="of the language model's weights")
     add("--page", metavar="DIR", help="also write DIR/index.html, a page to listen to the results")
-    add("--compile", action="store_true", help="torch.compile the layers; on the CPU kernels.c is faster where there is a C compiler")
+    add("--compile", action="store_true", help="torch.compile the layers, but on a CPU with a C compiler, where kernels.c is faster")
     add("--overwrite", action="store_true", help="replace an existing --out or --page")
     add("--keep_partial", action="store_true", help="Ctrl-C ends with what is finished, not with nothing")
     add("--export", metavar="DIR", help="write the checkpoint small, as it is shipped (int8 and float16), and stop")

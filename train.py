@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints.files import write_tensors
-from checkpoints.precision import attend_in_blocks, keep_memory, kernels, places
+from checkpoints.precision import attend_in_blocks, kernels, places
 from checkpoints.resume import full, gather, load_state, named_weights, save_state
 from checkpoints.tuning import add_lora, adopt, merge_lora
 from chroma import chroma_agreement
@@ -525,8 +525,6 @@ def train(config: Config, resume: bool = False, interrupted=()):
 def start_processes(config: Config) -> torch.device:
     """Joins the other processes when torchrun started this one. -> this process' device"""
     device = pick_device(config.device)
-    if device.type == "cpu":
-        keep_memory()
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -116,6 +116,9 @@ class QuickCache(Cache):
                 if data.dtype == torch.int8:
                     new, scale[n, :, :, :S] = quantize_rows(new)
                 data[n, :, :, :S] = new
+            if self.k.dtype != torch.float32 and has_bfloat16():
+                hidden = None if self.hidden is None else self.hidden[..., :S].bfloat16()
+                return block_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), hidden).float()
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty_like(q)
         kernels().attend(
@@ -189,9 +192,31 @@ def kernels():
     return library
 
 
-# --- training on the CPU --------------------------------------------------------------------------------------------
+# --- attention of many positions on the CPU, in training and in front of generation ---------------------------------
 
 BLOCK = 128     # queries that attend together: most keys that they may not see are then not multiplied at all
+
+
+def block_weights(q, k, hidden=None):
+    """Queries (B, H, n, E), the last n of the keys (B, H, s, E) -> attention weights (B, H, n, s).
+
+    hidden (B, 1, 1, s) is added to the scores."""
+    n, scores = q.shape[2], (q * q.shape[-1] ** -0.5) @ k.mT
+    if hidden is not None:
+        scores += hidden
+    later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+    scores[..., -n:].masked_fill_(later, float("-inf"))
+    return scores.softmax(-1)
+
+
+def block_attention(q, k, v, hidden=None):
+    """Causal attention, block after block of queries; q, k, v and the result (B, H, S, E)."""
+    out, S = torch.empty_like(q), q.shape[2]
+    for a in range(0, S, BLOCK):
+        b = min(a + BLOCK, S)
+        weights = block_weights(q[:, :, a:b], k[:, :, :b], None if hidden is None else hidden[..., :b])
+        out[:, :, a:b] = weights @ v[:, :, :b]
+    return out
 
 
 class BlockAttention(torch.autograd.Function):
@@ -201,37 +226,25 @@ class BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def weights(q, k):
-        """Queries (B, H, n, E), divided by sqrt(E), the last n of the keys (B, H, s, E) -> attention weights (B, H, n, s)."""
-        n, scores = q.shape[2], q @ k.mT
-        later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        scores[..., -n:].masked_fill_(later, float("-inf"))
-        return scores.softmax(-1)
-
-    @staticmethod
     def forward(ctx, q, k, v):
-        q, k, v = (q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous()
-        out, S = torch.empty_like(q), q.shape[2]
-        for a in range(0, S, BLOCK):
-            b = min(a + BLOCK, S)
-            out[:, :, a:b] = BlockAttention.weights(q[:, :, a:b], k[:, :, :b]) @ v[:, :, :b]
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v)
-        return out
+        return block_attention(q, k, v)
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
         grad, dq, dk, dv = grad.contiguous(), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        S = q.shape[2]
+        scale, S = q.shape[-1] ** -0.5, q.shape[2]
         for a in range(0, S, BLOCK):
             b = min(a + BLOCK, S)
-            here, p = slice(a, b), BlockAttention.weights(q[:, :, a:b], k[:, :, :b])        # (B, H, b - a, b)
+            here, p = slice(a, b), block_weights(q[:, :, a:b], k[:, :, :b])                 # (B, H, b - a, b)
             dv[:, :, :b] += p.mT @ grad[:, :, here]
             dp = grad[:, :, here] @ v[:, :, :b].mT
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)                           # p * (dp - sum(p * dp))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype) * scale                   # p * (dp - sum(p * dp))
             dq[:, :, here] = ds @ k[:, :, :b]
             dk[:, :, :b] += ds.mT @ q[:, :, here]
-        return dq * q.shape[-1] ** -0.5, dk, dv
+        return dq, dk, dv
 
 
 def attend_in_blocks(lm: LMModel):
@@ -239,14 +252,3 @@ def attend_in_blocks(lm: LMModel):
     for module in lm.modules():
         if isinstance(module, Attention):
             module.attend = lambda q, k, v: BlockAttention.apply(q.bfloat16(), k.bfloat16(), v.bfloat16())
-
-
-def keep_memory():
-    """Lets the C library keep what is freed, for the next update.
-
-    Else glibc gives large blocks back to the system and gets them anew, page by page: a fifth of an update on the CPU.
-    """
-    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)     # M_MMAP_MAX: large blocks come from the heap, too
-        libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: whose end is never given back

@@ -46,7 +46,7 @@ positional_embedding = "rope"
 qk_layer_norm = True
 cfg_dropout = 0.1
 early_weight = 4.0             # whether there are drums, and how fast, is decided within the first second
-history_dropout = 0.5          # what has sounded tells the instrument better than any caption: at times it may not
+history_dropout = 0.6          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
 epochs = 20

@@ -307,22 +307,27 @@ def held(sound: np.ndarray, seconds: float, release: float, sample_rate: int) ->
 
 
 def add_bass(track, tune, root, start, beat, take, sample_rate):
-    """One bar of root and fifth below the melody."""
-    half, low = (1 if tune.bar == 2 else 2), BASS.low + (root - BASS.low) % 12
-    for at, pitch, beats in ((0, low, half), (half, low + 7 if low < 40 else low - 5, tune.bar - half)):
-        sound = held(note(BASS, pitch, take, sample_rate), beats * beat * 0.9, BASS.release, sample_rate)
-        add(track, sound, start + at * beat, sample_rate, 0.45)
+    """One bar of root and fifth in turn, below the melody, a note a beat."""
+    low = BASS.low + (root - BASS.low) % 12
+    for i in range(tune.bar):
+        pitch = low if i % 2 == 0 else low + 7 if low < 40 else low - 5
+        sound = held(note(BASS, pitch, take, sample_rate), 0.9 * beat, BASS.release, sample_rate)
+        add(track, sound, start + i * beat, sample_rate, 0.45)
 
 
-def add_drums(track, tune, offbeats, start, beat, sample_rate, rng):
-    """One bar: kick on the strong beats, snare on the others, a hat on all and, if asked for, between them."""
-    between = () if not offbeats else (1 / 3, 2 / 3) if tune.metre == "6/8" else (1 / 2,)
+def add_drums(track, tune, start, beat, sample_rate, rng):
+    """One bar: kick on the strong beats, snare on the others, a hat on all."""
     for i in range(tune.bar):
         loud, strong = rng.uniform(0.85, 1.0), i == 0 or (i == 2 and tune.bar == 4)
         add(track, drum("kick" if strong else "snare", sample_rate), start + i * beat, sample_rate, 1.9 * loud)
         add(track, drum("hat", sample_rate), start + i * beat, sample_rate, 1.4 * loud)
-        for part in between:
-            add(track, drum("hat", sample_rate), start + (i + part) * beat, sample_rate, 0.8 * loud)
+
+
+def accent(beats: float, bar: int) -> float:
+    """How loud a note is played that begins so many beats from a bar line."""
+    def whole(number):
+        return abs(number - round(number)) < 0.01
+    return 1.0 if whole(beats / bar) else 0.85 if whole(beats) else 0.7
 
 
 def render(tune: Tune, instrument: str, bpm: float, transpose: int, drums: bool, bass: bool, seconds: float,
@@ -337,17 +342,17 @@ def render(tune: Tune, instrument: str, bpm: float, transpose: int, drums: bool,
         first_bar = 4 * int(rng.integers((bars_in_tune - 1) // 4 + 1))
     notes, bars = schedule(tune, bpm, seconds, first_bar)
     beat, length = 60 / bpm, int(seconds * sample_rate)
+    upbeat = 0 if first_bar else tune.upbeat
     melody, rest = np.zeros(length, np.float32), np.zeros(length, np.float32)
     for start, duration, pitch in notes:
         sound = held(note(play, pitch + transpose, take, sample_rate), duration, play.release, sample_rate)
-        add(melody, sound, start, sample_rate, rng.uniform(0.85, 1.0))
+        add(melody, sound, start, sample_rate, accent(start / beat - upbeat, tune.bar) * rng.uniform(0.9, 1.0))
     melody = oaconvolve(melody, room(sample_rate))[:length].astype(np.float32)
-    offbeats = bool(rng.integers(2))
     for start, root in bars:
         if bass:
             add_bass(rest, tune, root + transpose, start, beat, take, sample_rate)
         if drums:
-            add_drums(rest, tune, offbeats, start, beat, sample_rate, rng)
+            add_drums(rest, tune, start, beat, sample_rate, rng)
     mix = melody + rest
     peak, loudness = max(np.abs(mix).max(), np.abs(melody).max()), np.sqrt(np.mean(mix ** 2))
     gain = np.full(length, min(rng.uniform(0.09, 0.13) / loudness, 0.9 / peak), np.float32)

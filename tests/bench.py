@@ -2,7 +2,7 @@
 
     python tests/bench.py                    # every row, half an hour on two cores; nothing else should run meanwhile
     python tests/bench.py --quick            # fewer sizes and repetitions, two minutes
-    python tests/bench.py decode codec       # these rows alone, of: decode clip codec chroma train optimizer ema start
+    python tests/bench.py decode codec       # these rows alone, of: decode clip codec prepare chroma train optimizer ema start
     python tests/bench.py decode --shapes "1.5 B" --dtypes bf16 int8 --contexts 300
 
 Prints a Markdown table. Every row is measured in this run: ours and its peer called in turn, once to warm up, then
@@ -31,7 +31,7 @@ from checkpoints import precision
 from checkpoints.formats import name_table
 from chroma import ChromaExtractor
 from conditioners import Conditions
-from config import Config
+from config import Config, keep_memory
 from encodec import EncodecModel
 from train import EMA, DAdaptAdam
 
@@ -244,32 +244,79 @@ def encodec_of_the_original(**options):
     return Model(SEANetEncoder(**options), SEANetDecoder(**options), quantizer, [2.2], 32000, 1).eval()
 
 
+def coding(whose, dtype, duration, runs):
+    """A codec of the shape of the released one at 32 kHz: seconds and peak bytes of encoding and of decoding, None without it."""
+    from transformers import EncodecModel as Theirs
+    torch.manual_seed(0)
+    codec, precision = EncodecModel(Config(task="codec", kmeans_init=False, pad_mode="reflect")).eval(), DTYPES[dtype]
+    wav, codes = 0.1 * torch.randn(1, 1, duration * 32000), torch.randint(2048, (1, 4, duration * 50))
+    if whose == "ours":
+        keep_memory()
+        codec.fold(precision)
+        encode, decode = lambda: codec.encode(wav), lambda: codec.decode(codes)
+    elif whose == "transformers":
+        with tempfile.TemporaryDirectory() as directory:
+            codec.to_hf(directory)
+            theirs = Theirs.from_pretrained(directory).eval().to(precision)
+        wav = wav.to(precision)
+        encode, decode = lambda: theirs.encode(wav, return_dict=False), lambda: theirs.decode(codes[None], [None], return_dict=False)
+    else:
+        original = encodec_of_the_original(channels=1, dimension=128, n_filters=64, ratios=[8, 5, 4, 4], lstm=2)
+        if original is None:
+            return None
+        encode, decode = lambda: original.encode(wav), lambda: original.decode([(codes, None)])
+    with torch.inference_mode():
+        return {what: (seconds(function, runs=runs)[0], peak(function)) for what, function in (("encode", encode), ("decode", decode))}
+
+
 @row_of
 def codec(args, limit):
     """Seconds of audio coded in a second, by codecs of the shape of the released one at 32 kHz."""
-    from transformers import EncodecModel as Theirs
-    torch.manual_seed(0)
-    ours = EncodecModel(Config(task="codec", kmeans_init=False, pad_mode="reflect")).eval()
-    with tempfile.TemporaryDirectory() as directory:
-        ours.to_hf(directory)
-        theirs = Theirs.from_pretrained(directory).eval()
-    original = encodec_of_the_original(channels=1, dimension=128, n_filters=64, ratios=[8, 5, 4, 4], lstm=2)
     duration, runs = (5, 2) if args.quick else (30, 3)
-    wav = 0.1 * torch.randn(1, 1, duration * 32000)
-    codes = torch.randint(2048, (1, 4, duration * 50))
-    for name in ("fp32", "bf16"):     # in this order: what is folded to bfloat16 stays rounded
-        ours.fold(DTYPES[name])
-        theirs = theirs.to(DTYPES[name])
-        pairs = {"encode": [lambda: ours.encode(wav), lambda: theirs.encode(wav.to(theirs.dtype), return_dict=False)],
-                 "decode": [lambda: ours.decode(codes), lambda: theirs.decode(codes[None], [None], return_dict=False)]}
-        if original and name == "fp32":
-            pairs["encode"].append(lambda: original.encode(wav))
-            pairs["decode"].append(lambda: original.decode([(codes, None)]))
-        for what, functions in pairs.items():
-            with torch.inference_mode():
-                times, memory = seconds(*functions, runs=runs), [peak(function) for function in functions]
-            for n, peer in enumerate([f"transformers {name}", "encodec"][:len(functions) - 1], start=1):
-                row(f"codec, {what}, {name}", duration / times[0], peer, duration / times[n], "s/s", memory=[memory[0], memory[n]])
+    for name in ("fp32", "bf16"):
+        found = {whose: alone(coding, whose, name, duration, runs) for whose in ("ours", "transformers", "encodec") if whose != "encodec" or name == "fp32"}
+        for peer in ("transformers", "encodec") if name == "fp32" else ("transformers",):
+            for what, (time_of_ours, memory) in found["ours"].items():
+                if found[peer]:
+                    theirs = found[peer][what]
+                    row(f"codec, {what}, {name}", duration / time_of_ours, f"{peer} {name}", duration / theirs[0], "s/s",
+                        memory=[memory, theirs[1]])
+
+
+def preparing(minutes, stem):
+    """A recording through data/prepare.py with a codec of the released one's shape -> seconds, in the codec, peak bytes."""
+    import soundfile
+    from data.prepare import Preparer
+    keep_memory()
+    torch.manual_seed(0)
+    codec, spent = EncodecModel(Config(task="codec", kmeans_init=False)).eval().fold(), []
+
+    def timed(function):
+        def call(*args):
+            begun = time.perf_counter()
+            result = function(*args)
+            spent.append(time.perf_counter() - begun)
+            return result
+        return call
+    codec.encoder.forward, codec.quantizer.encode = timed(codec.encoder.forward), timed(codec.quantizer.encode)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "long.wav"
+        with soundfile.SoundFile(path, "w", 44100, 2) as file:      # a rate of its own, stereo
+            for _ in range(minutes):
+                file.write(0.1 * torch.randn(60 * 44100, 2).numpy())
+        prepare = Preparer(codec, codec.config, stem, "cpu")
+        begun = time.perf_counter()
+        memory = peak(lambda: prepare(path, path))
+    return time.perf_counter() - begun, sum(spent), memory
+
+
+@row_of
+def prepare(args, limit):
+    """An hour of stereo at 44.1 kHz to codes and chroma; "of the limit" is the share of its time spent in the codec."""
+    minutes = 1 if args.quick else 60
+    for stem in ("none", "hpss"):
+        total, codec, memory = alone(preparing, minutes, stem)
+        row(f"prepare, {minutes} min, --stem {stem}", 60 * minutes / total, unit="s/s", limit=60 * minutes / codec, memory=[memory])
 
 
 @row_of
@@ -290,7 +337,7 @@ def training_step(whose, dtype, B, T=500):
     lm = language_model("300 M").train()
     c, codes, prefix = lm.config, torch.randint(lm.config.card, (B, 4, T)), torch.randn(B, 100, lm.config.dim)
     if whose == "ours":     # as train.py does
-        precision.keep_memory()
+        keep_memory()
         if dtype == "bf16":
             precision.attend_in_blocks(lm)
 
