@@ -423,9 +423,10 @@ class LMTraining:
         sums = 0
         for n in range(self.config.valid_batches):
             batch = get_batch(self.valid_data, self.config, n, split="valid")
-            own = {"chroma": batch["own_chroma"], "has_melody": batch["own_has_melody"]}
             logged = self.loss(batch, 0)[1]
-            logged |= {f"own_{name}": value for name, value in self.loss(batch | own, 0)[1].items()}
+            if self.config.melody != "none":
+                own = {"chroma": batch["own_chroma"], "has_melody": batch["own_has_melody"]}
+                logged |= {f"own_{name}": value for name, value in self.loss(batch | own, 0)[1].items()}
             sums = sums + torch.stack(list(logged.values()))
         means = (over_processes(sums) / (self.config.valid_batches * process_count())).tolist()
         return with_perplexity(dict(zip(logged, means)))

@@ -11,6 +11,7 @@ small judges:
 
 They learn from training tunes, as rendered and as the codec reconstructs them, and the figures say how often they are
 right about real clips of test tunes, which is the most that a model can reach. One sample for each caption, no picking.
+Beside that, without any judge: how much worse a model predicts a clip when its caption is wrong (`worth`).
 """
 import math
 
@@ -25,6 +26,7 @@ from config import Config
 from data import tunes
 from data.measures import chroma_of, compare_chroma, melody_of
 from encodec import mel_filters, power_spectrogram
+from lm import codebook_cross_entropy
 from sample import device_of
 
 INSTRUMENTS = list(tunes.INSTRUMENTS)
@@ -187,6 +189,44 @@ def right(judges: Judges, wavs, truths: list[dict]) -> dict:
             "tempo": ((bpm / wanted_bpm - 1).abs() < 0.08).float().mean().item(), "each": each}
 
 
+# --- what a caption is worth --------------------------------------------------------------------------------------
+
+def otherwise(truth: dict, what: str) -> dict:
+    """A truth that differs in its instrument, its drums or its tempo."""
+    if what == "drums":
+        return truth | {"drums": not truth["drums"]}
+    if what == "instrument":
+        return truth | {what: INSTRUMENTS[(INSTRUMENTS.index(truth[what]) + 4) % len(INSTRUMENTS)]}
+    tempo = {"slow": "fast", "medium": "slow", "fast": "medium"}[truth["tempo"]]
+    return truth | {"tempo": tempo, "bpm": sum(tunes.TEMPI[tempo]) // 2}
+
+
+@torch.no_grad()
+def surprise(lm, codes, texts: list[str], hide: bool) -> float:
+    """Nats that a clip's codes (B, K, T) cost a model that knows its text alone, all together; `hide`: not what has sounded."""
+    T, total = codes.shape[2], 0.0
+    for part, said in zip(codes.split(BATCH), (texts[n:n + BATCH] for n in range(0, len(texts), BATCH))):
+        sequence, _ = lm.pattern.build(part, lm.special, keep_only_valid_steps=True)
+        sequence = torch.full_like(sequence, lm.special) if hide else sequence
+        conditions = lm.conditioner(said, None, None, lm.pattern.steps(T, keep_only_valid_steps=True))
+        logits, mask = lm.pattern.revert_logits(lm(sequence, conditions), T, True)
+        total += (codebook_cross_entropy(logits, part, mask) * mask.sum(1)).sum().item() * len(part)
+    return total / len(codes)
+
+
+def worth(model, codes, truths: list[dict]) -> dict:
+    """By how much a clip surprises more when its caption names another instrument, drums or tempo: nats a clip."""
+    def texts(changed):
+        return [caption(truth, np.random.default_rng(n)) for n, truth in enumerate(changed)]
+    found = {}
+    for hide in (False, True):
+        right = surprise(model.lm, codes, texts(truths), hide)
+        for what in ("instrument", "drums", "tempo"):
+            wrong = surprise(model.lm, codes, texts([otherwise(truth, what) for truth in truths]), hide)
+            found[f"nats a clip that its {what} is worth, {'codes hidden' if hide else 'codes seen'}"] = wrong - right
+    return found
+
+
 # --- the measurement --------------------------------------------------------------------------------------------
 
 def flatness(wavs):
@@ -215,9 +255,9 @@ def obedience(model, split: str, count: int) -> dict:
             made.append(model.decode(codes, config.segment_duration))
         return torch.cat(made), chromas and torch.cat([match_length(c[None], config.chroma_frames) for c in chromas])
 
+    figures = worth(model, torch.cat([codec.encode(part) for part in real.split(BATCH)]), truths)
     torch.manual_seed(config.seed)
     judges = train_judges(config, codec)
-    figures = {}
     for name, wavs in (("real clips", real), ("reconstructions", through(codec, real))):
         figures |= {f"{key} of {name}": value for key, value in right(judges, wavs.cpu(), truths).items() if key != "each"}
 

@@ -51,6 +51,17 @@ def test_noise_is_not_tonal_and_a_tone_is():
     assert noise > 0.4 and tone < 0.01
 
 
+def test_a_wrong_caption_costs_the_shipped_model_something():
+    from sample import MusicGen
+    model = MusicGen.from_pretrained("checkpoints/tiny")
+    truths, mixes, _ = zip(*(obedience.clip(CONFIG, "valid", n) for n in range(8)))
+    codes = model.codec.encode(torch.from_numpy(np.stack(mixes))[:, None])
+    assert obedience.surprise(model.lm, codes, ["flute"] * 8, hide=True) > obedience.surprise(model.lm, codes, ["flute"] * 8, hide=False) > 0
+    worth = obedience.worth(model, codes, list(truths))
+    assert len(worth) == 6 and worth["nats a clip that its instrument is worth, codes hidden"] > 50
+    assert worth["nats a clip that its instrument is worth, codes hidden"] > worth["nats a clip that its tempo is worth, codes hidden"]
+
+
 @pytest.mark.slow
 def test_judges_are_right_about_real_clips(monkeypatch):
     from encodec import EncodecModel
