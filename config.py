@@ -427,8 +427,8 @@ def keep_memory():
     """
     libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)     # M_MMAP_MAX: large blocks come from the heap, too
-        libc.mallopt(-1, -1)    # M_TRIM_THRESHOLD: whose end is never given back
+        libc.mallopt(-3, 2 ** 25)   # M_MMAP_THRESHOLD: blocks up to 32 MB, the most it takes, come from the heap
+        libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: whose end is never given back
 
 
 def write_atomic(path, content):

@@ -125,7 +125,11 @@ class Layer(nn.Module):
             if not isinstance(cross, tuple):    # a condition; with a cache its keys and values, computed once
                 cross = self.cross.keys_values(cross)
             x = x + self.cross.cross(self.norm_cross(x), cross, cross_mask)
-        return x + self.dropout(self.ff2(F.gelu(self.ff1(self.norm2(x)))))
+        return x + self.dropout(self.feed(self.norm2(x)))
+
+    def feed(self, x):
+        """The feed-forward part; precision.py has one for training on the CPU that keeps less."""
+        return self.ff2(F.gelu(self.ff1(x)))
 
 
 class LMModel(nn.Module):

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints.files import write_tensors
-from checkpoints.precision import attend_in_blocks, kernels, places
+from checkpoints.precision import quicken_training, kernels, places
 from checkpoints.resume import full, gather, load_state, named_weights, save_state
 from checkpoints.tuning import add_lora, adopt, merge_lora
 from chroma import chroma_agreement
@@ -401,7 +401,7 @@ class LMTraining:
         self.module.to(device)
         self.extra = nn.ModuleDict()
         if device.type == "cpu" and config.dtype == "bfloat16":
-            attend_in_blocks(self.module)
+            quicken_training(self.module)
         if config.compile:
             self.module.compile_layers()
         self.forward = wrap(LMLoss(self.module), config, self.module.layers)

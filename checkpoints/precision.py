@@ -23,7 +23,7 @@ from torch import nn
 
 from conditioners import Conditions
 from config import Config, UserError, write_atomic
-from lm import Attention, Cache, LMModel, Projection
+from lm import Cache, LMModel, Projection
 
 
 def quantize_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,8 +247,24 @@ class BlockAttention(torch.autograd.Function):
         return dq, dk, dv
 
 
-def attend_in_blocks(lm: LMModel):
-    """Lets a model that is trained on the CPU in bfloat16 attend by BlockAttention."""
-    for module in lm.modules():
-        if isinstance(module, Attention):
-            module.attend = lambda q, k, v: BlockAttention.apply(q.bfloat16(), k.bfloat16(), v.bfloat16())
+class GeluLinear(torch.autograd.Function):
+    """x (B, S, in), weight (out, in) -> gelu(x) W^T, where the backward pass makes gelu(x) anew instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return (torch.ops.aten.gelu_backward(grad @ weight, x),
+                grad.flatten(0, 1).T @ F.gelu(x).flatten(0, 1))
+
+
+def quicken_training(lm: LMModel):
+    """Lets the layers of a model that is trained on the CPU in bfloat16 work as above."""
+    for layer in lm.layers:
+        layer.attn.attend = lambda q, k, v: BlockAttention.apply(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        layer.feed = lambda x, layer=layer: GeluLinear.apply(layer.ff1(x), layer.ff2.weight)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -80,8 +81,8 @@ def peak(function):
 
 def alone(function, *args):
     """The result of a function in a process of its own: what ours asks of the C library must not serve the peer, too."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def limits() -> dict:
@@ -339,7 +340,7 @@ def training_step(whose, dtype, B, T=500):
     if whose == "ours":     # as train.py does
         keep_memory()
         if dtype == "bf16":
-            precision.attend_in_blocks(lm)
+            precision.quicken_training(lm)
 
         def loss():
             logits, mask = lm.compute_predictions(codes, Conditions(prefix=prefix))
