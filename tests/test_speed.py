@@ -23,7 +23,7 @@ SMALL = dict(dim=48, num_heads=3, num_layers=2, n_q=4, card=20, t5="bytes", t5_d
              ratios=(8, 5, 4), radix2_exp=9, segment_duration=0.5)
 KINDS = {
     "melody": {}, "text": dict(text="cross", melody="none"), "no prefix": dict(text="none", melody="none"),
-    "rope": dict(positional_embedding="sin_rope"), "normed": dict(qk_layer_norm=True), "heads of 72": dict(dim=144, num_heads=2),
+    "rope": dict(positional_embedding="rope"), "normed": dict(qk_layer_norm=True), "heads of 72": dict(dim=144, num_heads=2),
     "heads of 64": dict(dim=128, num_heads=2), "too odd": dict(dim=36, num_heads=3)}
 needs_kernels = pytest.mark.skipif(not Q.kernels(), reason="no C compiler")
 
