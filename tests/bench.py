@@ -299,7 +299,10 @@ def preparing(minutes, stem):
             spent.append(time.perf_counter() - begun)
             return result
         return call
-    codec.encoder.forward, codec.quantizer.encode = timed(codec.encoder.forward), timed(codec.quantizer.encode)
+    for layer in codec.encoder:     # what `encodec.stream` calls
+        name = "step" if hasattr(layer, "step") else "forward"
+        setattr(layer, name, timed(getattr(layer, name)))
+    codec.quantizer.encode = timed(codec.quantizer.encode)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "long.wav"
         with soundfile.SoundFile(path, "w", 44100, 2) as file:      # a rate of its own, stereo
