@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -26,6 +27,7 @@ import scipy.signal  # noqa: F401
 import soundfile
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import AutoTokenizer, T5EncoderModel  # noqa: F401
 
 import config as C
@@ -40,6 +42,7 @@ torch.set_num_threads(1)  # a forked child has no pool of threads
 transformers.logging.set_verbosity_error()
 ROOT = Path(__file__).parent.parent
 RATE = 8000
+tqdm.set_lock(threading.RLock())  # its own is shared with forked children: one that is killed while holding it would stop us
 CODEC = dict(sample_rate=RATE, ratios=(5, 4), n_filters=2, dimension=8, lstm=1, n_q=4, card=32)
 LM = dict(CODEC, task="lm", dim=16, num_heads=2, num_layers=1, t5="bytes", t5_dim=8, t5_heads=2, t5_layers=1, radix2_exp=8,
           segment_duration=0.25, extend_stride=0.15, stem="none", device="cpu")
@@ -137,6 +140,7 @@ def start(main, *argv, cwd=None, seconds=120, memory=2 ** 30, before=None, out=N
     code = 70
     try:
         os.setpgid(0, 0)
+        tqdm.set_lock(threading.RLock())    # nor what another thread held as we forked
         faulthandler.disable()
         null = os.open(os.devnull, os.O_RDWR)
         for number, file in ((0, None), (1, out), (2, err)):
