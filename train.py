@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoints.files import write_tensors
-from checkpoints.precision import quicken_training, kernels, places
+from checkpoints.precision import kernels, places, quicken_training
 from checkpoints.resume import full, gather, load_state, named_weights, save_state
 from checkpoints.tuning import add_lora, adopt, merge_lora
 from chroma import chroma_agreement

@@ -289,12 +289,13 @@ void attend(int kind, const float *q, const float *k_new, const float *v_new, lo
             store(k_new + row, k + data, ks, length - 1, E, kind);
             store(v_new + row, v + data, vs, length - 1, E, kind);
         }
-#ifdef __AVX512VNNI__
         if (kind == INT8 && E == 64)
+#ifdef __AVX512VNNI__
             one_head_of_int8(q + row, (void *)(k + data), ks, (void *)(v + data), vs, h, p, out + i * E, length);
-        else
+#else
+            one_head(q + row, k + data, ks, v + data, vs, h, p, out + i * E, length, 64, INT8);
 #endif
-        if (kind == INT8)
+        else if (kind == INT8)
             one_head(q + row, k + data, ks, v + data, vs, h, p, out + i * E, length, E, INT8);
         else if (kind == BFLOAT16)
             one_head(q + row, k + data, ks, v + data, vs, h, p, out + i * E, length, E, BFLOAT16);

@@ -249,17 +249,17 @@ def coding(whose, dtype, duration, runs):
     """A codec of the shape of the released one at 32 kHz: seconds and peak bytes of encoding and of decoding, None without it."""
     from transformers import EncodecModel as Theirs
     torch.manual_seed(0)
-    codec, precision = EncodecModel(Config(task="codec", kmeans_init=False, pad_mode="reflect")).eval(), DTYPES[dtype]
+    codec, kind = EncodecModel(Config(task="codec", kmeans_init=False, pad_mode="reflect")).eval(), DTYPES[dtype]
     wav, codes = 0.1 * torch.randn(1, 1, duration * 32000), torch.randint(2048, (1, 4, duration * 50))
     if whose == "ours":
         keep_memory()
-        codec.fold(precision)
+        codec.fold(kind)
         encode, decode = lambda: codec.encode(wav), lambda: codec.decode(codes)
     elif whose == "transformers":
         with tempfile.TemporaryDirectory() as directory:
             codec.to_hf(directory)
-            theirs = Theirs.from_pretrained(directory).eval().to(precision)
-        wav = wav.to(precision)
+            theirs = Theirs.from_pretrained(directory).eval().to(kind)
+        wav = wav.to(kind)
         encode, decode = lambda: theirs.encode(wav, return_dict=False), lambda: theirs.decode(codes[None], [None], return_dict=False)
     else:
         original = encodec_of_the_original(channels=1, dimension=128, n_filters=64, ratios=[8, 5, 4, 4], lstm=2)
@@ -275,8 +275,9 @@ def codec(args, limit):
     """Seconds of audio coded in a second, by codecs of the shape of the released one at 32 kHz."""
     duration, runs = (5, 2) if args.quick else (30, 3)
     for name in ("fp32", "bf16"):
-        found = {whose: alone(coding, whose, name, duration, runs) for whose in ("ours", "transformers", "encodec") if whose != "encodec" or name == "fp32"}
-        for peer in ("transformers", "encodec") if name == "fp32" else ("transformers",):
+        peers = ("transformers", "encodec") if name == "fp32" else ("transformers",)
+        found = {whose: alone(coding, whose, name, duration, runs) for whose in ("ours", *peers)}
+        for peer in peers:
             for what, (time_of_ours, memory) in found["ours"].items():
                 if found[peer]:
                     theirs = found[peer][what]
