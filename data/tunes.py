@@ -163,7 +163,7 @@ INSTRUMENTS = dict(
                      0.12, decay=0.8, noise=0.06),  # a stiff string: its partials are stretched
     synth=Instrument(("synth lead", "synthesizer", "synth"), 55, 79, harmonics(20), 0.9, 0.005, 0.04,
                      decay=0.2, decay_slope=0.0, floor=0.35, detune=14))
-BASS = Instrument(("bass",), 33, 47, harmonics(5), 1.8, 0.008, 0.06, decay=0.8)
+BASS = Instrument(("bass",), 33, 47, harmonics(5), 1.8, 0.004, 0.06, decay=0.4, noise=0.5)  # plucked: it marks the beat
 LONGEST = 4.0                   # s, of a single note
 DRUM = 0.4                      # s, of a stroke
 TAKES = 2                       # slightly different notes of each pitch; a clip keeps to one take
@@ -312,7 +312,7 @@ def add_bass(track, tune, root, start, beat, take, sample_rate):
     for i in range(tune.bar):
         pitch = low if i % 2 == 0 else low + 7 if low < 40 else low - 5
         sound = held(note(BASS, pitch, take, sample_rate), 0.9 * beat, BASS.release, sample_rate)
-        add(track, sound, start + i * beat, sample_rate, 0.45)
+        add(track, sound, start + i * beat, sample_rate, 0.5)
 
 
 def add_drums(track, tune, start, beat, sample_rate, rng):
