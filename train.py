@@ -400,8 +400,8 @@ class LMTraining:
             add_lora(self.module, config)
         self.module.to(device)
         self.extra = nn.ModuleDict()
-        if device.type == "cpu" and config.dtype == "bfloat16":
-            quicken_training(self.module)
+        if device.type == "cpu" and config.dtype in ("bfloat16", "float32"):
+            quicken_training(self.module, config.dtype)
         if config.compile:
             self.module.compile_layers()
         self.forward = wrap(LMLoss(self.module), config, self.module.layers)

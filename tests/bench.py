@@ -92,7 +92,7 @@ def limits() -> dict:
     found["moved"] = 2 * data.nbytes / seconds(lambda: copy.copy_(data))[0]
     for name in ("fp32", "bf16"):
         a = torch.randn(2048, 2048).to(DTYPES[name])
-        found[name] = 2048 ** 3 / seconds(lambda: a @ a)[0]
+        found[name] = 2048 ** 3 / min(seconds(lambda: a @ a, lambda: precision.product(a, a)))
     print(f"{torch.get_num_threads()} threads; memory {found['bytes'] / 1e9:.1f} GB/s read, {found['moved'] / 1e9:.1f} copied; products "
           f"fp32 {2 * found['fp32'] / 1e9:.0f}, bf16 {2 * found['bf16'] / 1e9:.0f} GFLOP/s; torch {torch.__version__}\n")
     return found
@@ -343,8 +343,7 @@ def training_step(whose, dtype, B, T=500):
     c, codes, prefix = lm.config, torch.randint(lm.config.card, (B, 4, T)), torch.randn(B, 100, lm.config.dim)
     if whose == "ours":     # as train.py does
         keep_memory()
-        if dtype == "bf16":
-            precision.quicken_training(lm)
+        precision.quicken_training(lm, {"fp32": "float32", "bf16": "bfloat16"}[dtype])
 
         def loss():
             logits, mask = lm.compute_predictions(codes, Conditions(prefix=prefix))
