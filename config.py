@@ -102,7 +102,8 @@ class Config:
     num_layers: int = 48
     hidden_scale: int = 4               # feed-forward width / dim
     dropout: float = 0.0                # after the feed-forward
-    positional_embedding: str = "sin"   # "sin" (the original), or "rope" with the prefix aligned in time
+    positional_embedding: str = "sin"   # "sin" (the original), "rope" with the prefix aligned in time, or both, "sin_rope"
+    positional_scale: float = 1.0       # what the sinusoids are multiplied by
     max_period: float = 10000.0         # longest wavelength of the positions
     qk_layer_norm: bool = False         # normalise queries and keys (helps short training of small models)
     pattern: str = "delay"              # delay, parallel, unroll, coarse_first or musiclm
@@ -305,7 +306,7 @@ CHOICES = dict(
     task=("lm", "codec"), dtype=("float32", "bfloat16", "float16"), pad_mode=("constant", "reflect"),
     norm=("weight_norm", "time_group_norm", "none"), stem=("auto", "none", "hpss", "demucs"),
     melody=("prepend", "cross", "sum", "interpolate", "none"), text=("prepend", "cross", "sum", "interpolate", "none"),
-    null_melody=("zeros", "c"), positional_embedding=("sin", "rope"),
+    null_melody=("zeros", "c"), positional_embedding=("sin", "rope", "sin_rope"),
     pattern=("delay", "parallel", "unroll", "coarse_first", "musiclm"),
     optim=("dadam", "adamw", "muon"), sharding=("ddp", "fsdp"), channels=(1, 2))
 PROBABILITIES = ("start_p melody_dropout word_dropout merge_text_p drop_desc_p drop_other_p dropout cfg_dropout history_dropout top_p "

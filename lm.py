@@ -149,7 +149,7 @@ class LMModel(nn.Module):
         self.conditioner = Conditioners(config)
         # Where no position is added, frames of zeros ("no text", "no melody") would reach the norms as zeros, whose
         # gradient there is 1 / sqrt(eps) for every layer: a learned vector on all prefix frames keeps them away from it.
-        self.prefix_mark = nn.Parameter(torch.randn(config.dim)) if config.positional_embedding == "rope" else None
+        self.prefix_mark = nn.Parameter(torch.randn(config.dim)) if config.positional_embedding != "sin" else None
         self.checkpointing = config.checkpointing
         self.cache = Cache                      # what `generate` keeps keys and values in
         self.init_weights()
@@ -201,9 +201,10 @@ class LMModel(nn.Module):
         positions = self.positions(conditions, start, S, B, x.device)                   # (B, P + S)
 
         angles = mask = None
-        if self.config.positional_embedding == "sin":
-            x = x + sinusoid(positions, self.config.dim, self.config.max_period).to(x.dtype)
-        else:
+        if "sin" in self.config.positional_embedding:
+            waves = sinusoid(positions, self.config.dim, self.config.max_period)        # (B, P + S, D)
+            x = x + self.config.positional_scale * waves.to(x.dtype)
+        if "rope" in self.config.positional_embedding:
             half = self.config.dim // self.config.num_heads // 2
             angles = positions[..., None] / self.config.max_period ** (torch.arange(half, device=x.device) / half)
         restore = None
@@ -235,13 +236,13 @@ class LMModel(nn.Module):
 
         "sin": counted from 0 at the first prefix frame, over the frames that an item has (the original counts
         padding too, so there the length of the longest text shifts everybody). "rope": time in steps, so that a
-        melody frame has the position of the music it belongs to; text comes before time 0.
+        melody frame has the position of the music it belongs to; text comes before time 0. "sin_rope": this time, both ways.
         """
         steps = torch.arange(start, start + S, device=device, dtype=torch.float32).expand(B, S)
         if conditions.prefix is None:
             return steps
         mask = conditions.prefix_mask
-        if self.config.positional_embedding == "rope":
+        if "rope" in self.config.positional_embedding:
             return steps if start else torch.cat([conditions.prefix_time.float().expand(B, -1), steps], dim=1)
         P = conditions.prefix.shape[1]
         if mask is None:

@@ -5,8 +5,8 @@
     python train.py config/tiny.py
 
 The architecture is config/melody.py's: melody and text in front, delay pattern, guidance. What differs helps
-so small a model in so short a run: a T5 of words trained along instead of t5-base, rotary positions that give a
-melody frame the time of the music it belongs to, normalised queries and keys, and Muon.
+so small a model in so short a run: a T5 of words trained along instead of t5-base, positions that give a melody frame
+the time of the music it belongs to, as rotations and as quiet sinusoids, normalised queries and keys, and Muon.
 """
 task = "lm"
 out_dir = "out/tiny"
@@ -42,14 +42,15 @@ dim = 256
 num_heads = 4
 num_layers = 6
 dropout = 0.1
-positional_embedding = "rope"
+positional_embedding = "sin_rope"
+positional_scale = 0.1         # as loud as the embeddings are at first
 qk_layer_norm = True
 cfg_dropout = 0.1
 early_weight = 4.0             # whether there are drums, and how fast, is decided within the first second
-history_dropout = 0.6          # what has sounded tells the instrument better than any caption: at times it may not
+history_dropout = 0.5          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 20
+epochs = 48
 updates_per_epoch = 300
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"

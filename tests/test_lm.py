@@ -91,7 +91,7 @@ def test_greedy_tokens_are_the_originals(two_step):
 
 # --- our own invariants ---------------------------------------------------------------------------------------------
 
-OPTIONS = [dict(), dict(positional_embedding="rope", qk_layer_norm=True), dict(text="cross"), dict(melody="cross"),
+OPTIONS = [dict(), dict(positional_embedding="rope", qk_layer_norm=True), dict(positional_embedding="sin_rope"), dict(text="cross"), dict(melody="cross"),
            dict(text="sum", melody="interpolate"), dict(text="interpolate"), dict(melody="none", pattern="unroll"),
            dict(pattern="coarse_first"), dict(null_melody="c", pattern="parallel")]
 

@@ -6,8 +6,9 @@ count 0, 1, 2, ... over the frames that an item has, melody, text and music alik
 
     python tests/exercises/3_rotary.py          # checks your solution; 3_rotary.patch is one
 
-Where: `LMModel.positions`, and what `LMModel` does only for "rope". Then train both:
+Where: `LMModel.positions`, and what `LMModel` does for positions that turn. Then train both:
 
+    python train.py config/tiny.py --positional_embedding=rope --out_dir=out/aligned --epochs=1
     python train.py config/tiny.py --positional_embedding=rope_counted --out_dir=out/counted --epochs=1
 """
 import sys
