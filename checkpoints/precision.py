@@ -118,7 +118,7 @@ class QuickCache(Cache):
                 data[n, :, :, :S] = new
             if self.k.dtype != torch.float32 and has_bfloat16():
                 hidden = None if self.hidden is None else self.hidden[..., :S].bfloat16()
-                return block_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), hidden).float()
+                return block_attention((q * E ** -0.5).bfloat16(), k.bfloat16(), v.bfloat16(), hidden).float()
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty_like(q)
         kernels().attend(
@@ -198,19 +198,18 @@ BLOCK = 128     # queries that attend together: most keys that they may not see 
 
 
 def block_weights(q, k, hidden=None):
-    """Queries (B, H, n, E), the last n of the keys (B, H, s, E) -> attention weights (B, H, n, s).
+    """Scaled queries (B, H, n, E), the last n of the keys (B, H, s, E) -> attention weights (B, H, n, s).
 
     hidden (B, 1, 1, s) is added to the scores."""
-    n, scores = q.shape[2], (q * q.shape[-1] ** -0.5) @ k.mT
+    n, scores = q.shape[2], q @ k.mT
     if hidden is not None:
         scores += hidden
-    later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-    scores[..., -n:].masked_fill_(later, float("-inf"))
+    scores[..., -n:] += scores.new_full((n, n), float("-inf")).triu_(1)     # of what comes later
     return scores.softmax(-1)
 
 
 def block_attention(q, k, v, hidden=None):
-    """Causal attention, block after block of queries; q, k, v and the result (B, H, S, E)."""
+    """Causal attention, block after block of scaled queries; q, k, v and the result (B, H, S, E)."""
     out, S = torch.empty_like(q), q.shape[2]
     for a in range(0, S, BLOCK):
         b = min(a + BLOCK, S)
@@ -227,7 +226,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = q.contiguous() * q.shape[-1] ** -0.5, k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v)
         return block_attention(q, k, v)
 
@@ -235,16 +234,16 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
         grad, dq, dk, dv = grad.contiguous(), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        scale, S = q.shape[-1] ** -0.5, q.shape[2]
+        S = q.shape[2]
         for a in range(0, S, BLOCK):
             b = min(a + BLOCK, S)
             here, p = slice(a, b), block_weights(q[:, :, a:b], k[:, :, :b])                 # (B, H, b - a, b)
             dv[:, :, :b] += p.mT @ grad[:, :, here]
             dp = grad[:, :, here] @ v[:, :, :b].mT
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype) * scale                   # p * (dp - sum(p * dp))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)                           # p * (dp - sum(p * dp))
             dq[:, :, here] = ds @ k[:, :, :b]
             dk[:, :, :b] += ds.mT @ q[:, :, here]
-        return dq, dk, dv
+        return dq * q.shape[-1] ** -0.5, dk, dv
 
 
 # --- products in training on the CPU ---------------------------------------------------------------------------------
