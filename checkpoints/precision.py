@@ -6,7 +6,8 @@ One step of decoding reads every weight and the whole cache, and multiplies them
 its limit is the memory, which the usual products do not reach. `quicken` puts `QuickLinear` in the place of every
 Projection of a model: weights in float32, bfloat16 or int8 (each row with a scale), multiplied by kernels.c, which is
 compiled when it is first needed. `QuickCache` holds keys and values likewise. Without a C compiler the fastest of
-torch's own products takes its place. The optimizer of train.py uses kernels.c, too.
+torch's own products takes its place. The optimizer of train.py uses kernels.c, too. Last in this file is what makes
+training on the CPU quick (`quicken_training`): there the products are the limit.
 """
 import ctypes
 import functools
@@ -251,16 +252,12 @@ class BlockAttention(torch.autograd.Function):
 def product(x, weight):
     """x (..., in), weight (out, in) -> x W^T, (..., out), by oneDNN.
 
-    It has the products in bfloat16 anyway. For those in float32 torch calls another library, which on processors that are
-    not its maker's reaches half the speed.
+    torch takes it for bfloat16 on its own. In float32 it calls MKL, which on AMD processors is half as fast.
     """
-    if x.dtype == torch.float32 and not torch.compiler.is_compiling() and has_float32_products():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
-
-
-def has_float32_products() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    plain = x.dtype != torch.float32 or not x.is_cpu or torch.compiler.is_compiling()
+    if plain or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return F.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 class Product(torch.autograd.Function):
