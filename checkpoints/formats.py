@@ -334,6 +334,7 @@ def lm_config_from_original(theirs: dict, directory) -> Config:
         segment_duration=float(get("dataset.segment_duration")), null_melody="c",
         text=fusion("description") if text == "t5" else "none", melody=fusion("self_wav") if melody == "chroma_stem" else "none",
         positional_embedding=get("transformer_lm.positional_embedding", "sin"),
+        positional_scale=float(get("transformer_lm.positional_scale", 1.0)),
         max_period=float(get("transformer_lm.max_period", 10000)), cfg_coef=float(get("classifier_free_guidance.inference_coef", 3.0)),
         pattern=get("codebooks_pattern.modeling"), delays=tuple(get("codebooks_pattern.delay.delays", (0, 1, 2, 3))))
     values |= {key: get(f"transformer_lm.{key}") for key in ("dim", "num_heads", "num_layers", "hidden_scale", "n_q", "card")}
@@ -356,7 +357,7 @@ def export_transformers(lm: LMModel, codec, directory):
     melody = c.melody == "prepend"
     checks = [("text", c.text, "prepend" if melody else "cross"), ("melody", c.melody, "prepend" if melody else "none"),
               ("positional_embedding", c.positional_embedding, "sin"), ("qk_layer_norm", c.qk_layer_norm, False),
-              ("pattern", c.pattern, "delay"), ("max_period", c.max_period, 10000.0),
+              ("positional_scale", c.positional_scale, 1.0), ("pattern", c.pattern, "delay"), ("max_period", c.max_period, 10000.0),
               ("delays", c.delays, tuple(k // c.channels for k in range(c.n_q)))]
     for name, value, needed in checks:
         if value != needed:

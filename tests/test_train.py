@@ -554,6 +554,17 @@ def test_a_tuned_model_keeps_the_length_of_melodies_that_it_knows(lm_run, data, 
     assert config.chroma_frames == 9 and training.adopt(config).chroma_frames == 17
 
 
+def test_a_tuned_model_takes_over_all_that_its_layers_depend_on(lm_run, data, tmp_path):
+    """What no weight's shape tells: such a field changes what a model says, and must come from the checkpoint."""
+    shutil.copytree(lm_run, tmp_path / "from")
+    path = tmp_path / "from" / "config.json"
+    other = dict(positional_embedding="sin_rope", positional_scale=0.1, max_period=500.0, num_heads=1, null_melody="c", pattern="parallel")
+    assert all(value != getattr(Config(), key) for key, value in other.items())
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    adopted = training.adopt(Config(**settings(data, tmp_path / "out", "lm", init_from=str(tmp_path / "from"))))
+    assert {key: getattr(adopted, key) for key in other} == other
+
+
 def test_the_plan_of_the_melody_model_agrees_with_a_hand_calculation(capsys):
     """1,385.6 M weights: 48 layers of 12 D^2 + 4 D = 1,359.2 M; K (V + 1) D + K V D = 25.2 M; T5's 768 D + D and
     chroma's 12 D + D: 1.2 M. At 4 bytes 5.5 GB, three times that for m, v and s. 30 s are 1,500 frames.
