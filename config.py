@@ -109,8 +109,8 @@ class Config:
     pattern: str = "delay"              # delay, parallel, unroll, coarse_first or musiclm
     delays: tuple[int, ...] = (0, 1, 2, 3)  # of the delay pattern, one a codebook
     cfg_dropout: float = 0.2            # all conditions of an item dropped in training (classifier-free guidance)
-    history_dropout: float = 0.0        # an item sees few of its own codes in training, a random share: where what has
-    #                                     sounded tells little, text and melody are listened to (ours: config/tiny.py)
+    history_dropout: float = 0.0        # an item sees few of its own codes in training, a random share (half as likely with
+    #                                     a melody): where what has sounded tells little, the text is read (config/tiny.py)
     early_weight: float = 1.0           # of the first EARLY frames in the loss of training: as music begins it goes on, and
     #                                     all that is not told by what has sounded is decided there (ours: config/tiny.py)
     cfg_coef: float = 3.0               # guidance at sampling

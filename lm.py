@@ -252,18 +252,18 @@ class LMModel(nn.Module):
 
     # --- training: the loss -------------------------------------------------------------------------------------
 
-    def compute_predictions(self, codes: torch.Tensor, conditions: Conditions = Conditions(),
-                            keep_only_valid_steps: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute_predictions(self, codes: torch.Tensor, conditions: Conditions = Conditions(), keep_only_valid_steps: bool = True,
+                            forgets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (B, K, T) -> logits (B, K, T, V) aligned with them, and the mask (K, T) of those that exist.
 
         keep_only_valid_steps drops the last steps, which the delays cause: the original trains so, and the last
-        d_k frames of codebook k are then never predicted.
+        d_k frames of codebook k are then never predicted. forgets (B,): how likely an item is to see few of its codes.
         """
         T = codes.shape[-1]
         sequence, _ = self.pattern.build(codes, self.special, keep_only_valid_steps)
-        if self.training and self.config.history_dropout:
+        if forgets is not None:
             few, kept, each = (torch.rand(len(codes), 1, n, device=codes.device) for n in (1, 1, sequence.shape[-1]))
-            hidden = (few < self.config.history_dropout) & (each > kept ** 8)           # (B, 1, S): most steps, or all
+            hidden = (few < forgets[:, None, None]) & (each > kept ** 8)                # (B, 1, S): most steps, or all
             sequence = torch.where(hidden, self.special, sequence)
         return self.pattern.revert_logits(self(sequence, conditions), T, keep_only_valid_steps)
 
@@ -276,7 +276,11 @@ class LMModel(nn.Module):
         B, K, T = codes.shape
         steps = self.pattern.steps(T, keep_only_valid_steps=True)
         conditions = self.conditioner(texts or [None] * B, chroma, has_melody, steps)
-        logits, mask = self.compute_predictions(codes, conditions)                      # (B, K, T, V), (K, T)
+        forgets = None
+        if self.training and self.config.history_dropout:   # where there is a melody, it is the tempo: words about it are
+            alone = torch.full((B,), chroma is None, device=codes.device) if has_melody is None else ~has_melody.to(codes.device)
+            forgets = self.config.history_dropout * torch.where(alone, 1.0, 0.5)        # learnt from items that have none
+        logits, mask = self.compute_predictions(codes, conditions, forgets=forgets)     # (B, K, T, V), (K, T)
         weight = 1.0
         if self.training and self.config.early_weight != 1:
             weight = torch.where(torch.arange(T, device=codes.device) < EARLY, self.config.early_weight, 1.0)   # (T,)

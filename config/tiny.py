@@ -21,7 +21,7 @@ card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
 stem = "hpss"                  # of what a user gives; the data set brings its melodies alone
-melody_dropout = 0.4           # these play from text alone: tempo is learnt from the words then
+melody_dropout = 0.5           # these play from text alone: tempo is learnt from the words then
 n_eval_wavs = 100
 
 t5 = "words"                   # read from bytes, the text tells next to nothing for the first thousand updates
@@ -47,7 +47,7 @@ positional_scale = 0.1         # as loud as the embeddings are at first
 qk_layer_norm = True
 cfg_dropout = 0.1
 early_weight = 4.0             # whether there are drums, and how fast, is decided within the first second
-history_dropout = 0.5          # what has sounded tells the instrument better than any caption: at times it may not
+history_dropout = 0.8          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
 epochs = 48

@@ -283,9 +283,13 @@ def test_compact_checkpoints_are_small_and_close(tmp_path):
 
 def test_history_dropout_hides_codes_in_training_alone():
     lm, codes = make(history_dropout=1.0), torch.randint(16, (64, 4, 12))
+    chroma, has_melody = torch.rand(64, lm.config.chroma_frames, 12), torch.arange(64) % 2 == 1
     seen = []
     lm.embed = lambda sequence: seen.append(sequence) or L.LMModel.embed(lm, sequence)
     with torch.no_grad():
-        lm.train().compute_predictions(codes), lm.eval().compute_predictions(codes)
-    hidden = (seen[0] != seen[1]).any(1).float().mean(1)                                # share of each item
-    assert 0.5 < hidden.mean() < 0.9 and hidden.min() < 0.3 and (seen[0][seen[0] != seen[1]] == lm.special).all()
+        for training in (True, False):
+            lm.train(training).loss(codes), lm.loss(codes, None, chroma, has_melody), lm.loss(codes, None, chroma)
+    alone, mixed, led = [(seen[n] != seen[n + 3]).any(1).float().mean(1) for n in range(3)]     # share hidden of each item
+    assert (mixed[has_melody] == 0).float().mean() > 0.3 > (mixed[~has_melody] == 0).float().mean() and (led == 0).float().mean() > 0.3
+    hidden = alone
+    assert 0.5 < hidden.mean() < 0.9 and hidden.min() < 0.3 and (seen[0][seen[0] != seen[3]] == lm.special).all()
