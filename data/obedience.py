@@ -14,6 +14,8 @@ right about real clips of test tunes, which is the most that a model can reach. 
 Beside that, without any judge: how much worse a model predicts a clip when its caption is wrong (`worth`).
 """
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from chroma import chroma_agreement, match_length
 from config import Config
 from data import tunes
+from data.audio import read_audio, write_audio
 from data.measures import chroma_of, compare_chroma, melody_of
 from encodec import mel_filters, power_spectrogram
 from lm import codebook_cross_entropy
@@ -227,6 +230,13 @@ def worth(model, codes, truths: list[dict]) -> dict:
     return found
 
 
+def as_written(wav, sample_rate: int):
+    """Wave (C, L) as it is read back from the file that sample.py would write."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_audio(Path(directory) / "clip.wav", wav, sample_rate)
+        return read_audio(Path(directory) / "clip.wav", sample_rate, len(wav))
+
+
 # --- the measurement --------------------------------------------------------------------------------------------
 
 def flatness(wavs):
@@ -280,6 +290,7 @@ def obedience(model, split: str, count: int) -> dict:
 
     alone, _ = play(texts)
     judged = right(judges, alone, truths)
+    alone = torch.stack([as_written(wav, config.sample_rate) for wav in alone])
     fine = (flatness(alone) < 0.1) & (alone.square().mean((1, 2)).sqrt() > 0.01) & (alone.abs().amax((1, 2)) < 1)
     fine &= alone.shape[2] == round(config.segment_duration * config.sample_rate)
     return figures | {"text alone: tempo": judged["tempo"], "text alone: drums": judged["drums"],
