@@ -80,6 +80,7 @@ class Config:
     stem: str = "auto"                  # what chroma hears: "none", "hpss", "demucs"; "auto" takes demucs if installed
     n_eval_wavs: int = 100              # tracks whose melodies evaluation takes, never a track's own
     melody_dropout: float = 0.5         # melody of an item dropped in training ("attribute dropout")
+    text_first: int = 0                 # first updates without any melody (ours: words are learnt while nothing else tells)
     chroma_length: int = 0              # M, chroma frames of the prefix; 0: what segment_duration gives (235)
     null_melody: str = "zeros"          # "no melody" is: "zeros" (as in training), "c" (one-hot C: released models)
 
@@ -317,7 +318,7 @@ LARGEST = {key: most for most, keys in (  # a stranger's checkpoint or a slip mu
     (2 ** 16, "dim t5_dim n_filters dimension disc_filters lora_rank chroma_length batch_size"),
     (86_400, "segment_duration extend_stride"), (400_000, "sample_rate"), (2 ** 32, "seed")) for key in keys.split()}
 ZERO_OK = ("seed chroma_length lstm q_dropout threshold_dead top_k temperature cfg_coef lora_rank warmup max_norm weight_decay adv feat l1 "
-           "msspec sc commit unquantised_steps decoder_only_steps sample_every valid_every save_every").split()
+           "msspec sc commit unquantised_steps decoder_only_steps text_first sample_every valid_every save_every").split()
 
 
 def _check(c: Config):
