@@ -21,7 +21,8 @@ card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
 stem = "hpss"                  # of what a user gives; the data set brings its melodies alone
-melody_dropout = 0.5           # these play from text alone: tempo is learnt from the words then
+text_first = 3000              # a melody and what has sounded tell more than words: once they are there, no word is learnt
+melody_dropout = 0.3
 n_eval_wavs = 100
 
 t5 = "words"                   # read from bytes, the text tells next to nothing for the first thousand updates
@@ -50,7 +51,7 @@ early_weight = 4.0             # whether there are drums, and how fast, is decid
 history_dropout = 0.8          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 48
+epochs = 45
 updates_per_epoch = 300
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"
