@@ -40,12 +40,16 @@ BATCH = 16                              # pieces generated at a time
 
 # --- what is asked for ------------------------------------------------------------------------------------------
 
-def clip(config: Config, split: str, number: int):
-    """Clip `number` of a split -> its truth, the mix (L,), the melody alone (L,), segment_duration long."""
+def clip(config: Config, split: str, number: int, instrument: str | None = None):
+    """Clip `number` of a split -> its truth, the mix (L,), the melody alone (L,), segment_duration long.
+
+    instrument: to play it instead of the clip's own.
+    """
     rng = np.random.default_rng([7, tunes.SPLITS.index(split), number])
     names = tunes.split(split)
     tune = names[number % len(names)]
     truth = tunes.draw(tune, rng)
+    truth |= {"instrument": instrument or truth["instrument"]}
     return truth, *tunes.render_truth(tune, truth, config.segment_duration, config.sample_rate, rng)
 
 
@@ -252,8 +256,9 @@ def obedience(model, split: str, count: int) -> dict:
     texts = [caption(truth, rng) for truth in truths]
     # each tune once more, its instrument drawn anew: the melody tells nothing about what the caption asks for
     melodies = [clip(config, split, count + n)[2] for n in range(count)]
+    played = [clip(config, split, count + n, truth["instrument"])[1] for n, truth in enumerate(truths)]
     recordings, flutes = zip(*(by_other_means(config, split, n) for n in range(count)))
-    real = torch.from_numpy(np.stack(mixes))[:, None].to(device_of(codec))
+    real, played = (torch.from_numpy(np.stack(waves))[:, None].to(device_of(codec)) for waves in (mixes, played))
 
     def play(texts, waves=None):
         chromas = None if waves is None else [model.melody_chroma(torch.from_numpy(w)) for w in waves]
@@ -276,6 +281,9 @@ def obedience(model, split: str, count: int) -> dict:
     cosine, agreement = compare_chroma(heard, asked)
     figures |= {"melody agreement": agreement.mean().item(), "melody cosine": cosine.mean().item(),
                 "melody agreement, shuffled": compare_chroma(heard, asked.roll(1, 0))[1].mean().item()}
+    # the most that a model can reach: the same melody on the instrument asked for, as it is rendered and reconstructed
+    figures |= {f"melody agreement of {name}": compare_chroma(melody_of(config, wavs), asked)[1].mean().item()
+                for name, wavs in (("real clips", played), ("reconstructions", through(codec, played)))}
     judged = right(judges, with_melody, truths)
     figures |= {"instrument": judged["instrument"], "drums": judged["drums"],
                 **{f"instrument {name}": value for name, value in judged["each"].items()}}
