@@ -21,7 +21,7 @@ card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
 stem = "hpss"                  # of what a user gives; the data set brings its melodies alone
-text_first = 6000              # a melody and what has sounded tell more than words: once they are there, no word is learnt
+text_first = 5000              # a melody and what has sounded tell more than words: once they are there, no word is learnt
 melody_dropout = 0.3
 n_eval_wavs = 100
 
