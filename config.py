@@ -80,7 +80,6 @@ class Config:
     stem: str = "auto"                  # what chroma hears: "none", "hpss", "demucs"; "auto" takes demucs if installed
     n_eval_wavs: int = 100              # tracks whose melodies evaluation takes, never a track's own
     melody_dropout: float = 0.5         # melody of an item dropped in training ("attribute dropout")
-    text_first: int = 0                 # first updates without any melody (ours: words are learnt while nothing else tells)
     chroma_length: int = 0              # M, chroma frames of the prefix; 0: what segment_duration gives (235)
     null_melody: str = "zeros"          # "no melody" is: "zeros" (as in training), "c" (one-hot C: released models)
 
@@ -115,6 +114,8 @@ class Config:
     early_weight: float = 1.0           # of the first EARLY frames in the loss of training: as music begins it goes on, and
     #                                     all that is not told by what has sounded is decided there (ours: config/tiny.py)
     cfg_coef: float = 3.0               # guidance at sampling
+    melody_delay: float = 0.0           # s by which a melody is told late for every 1 that guidance is above 1 (ours, see
+    #                                     sample.told_late; only where its frames have times: positional_embedding "rope")
 
     # --- training (train.py) -----------------------------------------------------------------------------
     batch_size: int = 192               # over all processes
@@ -317,8 +318,8 @@ LARGEST = {key: most for most, keys in (  # a stranger's checkpoint or a slip mu
     (1024, "num_layers t5_layers t5_heads kernel_size last_kernel_size residual_kernel_size n_chroma n_mels"),
     (2 ** 16, "dim t5_dim n_filters dimension disc_filters lora_rank chroma_length batch_size"),
     (86_400, "segment_duration extend_stride"), (400_000, "sample_rate"), (2 ** 32, "seed")) for key in keys.split()}
-ZERO_OK = ("seed chroma_length lstm q_dropout threshold_dead top_k temperature cfg_coef lora_rank warmup max_norm weight_decay adv feat l1 "
-           "msspec sc commit unquantised_steps decoder_only_steps text_first sample_every valid_every save_every").split()
+ZERO_OK = ("seed chroma_length lstm q_dropout threshold_dead top_k temperature cfg_coef melody_delay lora_rank warmup max_norm weight_decay adv feat l1 "
+           "msspec sc commit unquantised_steps decoder_only_steps sample_every valid_every save_every").split()
 
 
 def _check(c: Config):

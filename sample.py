@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from checkpoints.files import open_checkpoint
 from checkpoints.precision import has_bfloat16, pick_dtype, quicken
+from conditioners import Conditions
 from config import Parser, UserError, pick_device, run, write_atomic
 from data.audio import FORMATS, read_audio, write_audio
 from data.page import page_path, write_page
@@ -197,6 +198,8 @@ class MusicGen:
                 passes = condition_passes(self.lm, descriptions, end - start, *self._window(chromas, start), guidance,
                                           two_step)
                 begun = p - (T - bar.total)
+                late = config.melody_delay * (guidance - 1) * self.frame_rate
+                passes = [told_late(conditions, late) for conditions in passes]
 
                 def show(step, steps):      # a window has a few steps more than frames: the delays
                     bar.update(begun + min(step, end - p) - bar.n)
@@ -213,6 +216,16 @@ class MusicGen:
         """Codes (B, K, T) -> wav (B, C, L), cut to `duration` seconds."""
         wav = self.codec.decode(codes.to(device_of(self.codec))).float().cpu()
         return wav if duration is None else wav[..., :max(1, round(duration * self.sample_rate))]
+
+
+def told_late(conditions: Conditions, steps: float) -> Conditions:
+    """Conditions whose melody frames have the times of music `steps` later (ours).
+
+    Guidance raises to a power by how much likelier the melody makes it that a note begins now, again at every step while
+    one is due: notes begin early, the more so the higher it is. Where melody frames have times that can be put right.
+    """
+    time = conditions.prefix_time                   # (P,), of text below 0
+    return conditions if time is None else conditions._replace(prefix_time=torch.where(time >= 0, time + steps, time))
 
 
 def load_codec(name_or_dir, lm: LMModel) -> EncodecModel:

@@ -413,8 +413,6 @@ class LMTraining:
         """A batch -> (cross-entropy to call backward on, {name: number to log})."""
         codes, chroma, has_melody = (batch[key].to(self.device, non_blocking=True)
                                      for key in ("codes", "chroma", "has_melody"))
-        if self.module.training and update < self.config.text_first:
-            has_melody = torch.zeros_like(has_melody)
         with autocast(self.device, self.config.dtype):
             loss, ce = self.forward(codes, batch["text"], chroma, has_melody)
         return loss, {"loss": loss.detach(), **{f"ce_{k + 1}": x for k, x in enumerate(ce)}}

@@ -21,8 +21,7 @@ card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
 stem = "hpss"                  # of what a user gives; the data set brings its melodies alone
-text_first = 5000              # a melody and what has sounded tell more than words: once they are there, no word is learnt
-melody_dropout = 0.3
+melody_dropout = 0.5           # these play from text alone: tempo is learnt from the words then
 n_eval_wavs = 100
 
 t5 = "words"                   # read from bytes, the text tells next to nothing for the first thousand updates
@@ -48,10 +47,11 @@ positional_scale = 0.1         # as loud as the embeddings are at first
 qk_layer_norm = True
 cfg_dropout = 0.1
 early_weight = 4.0             # whether there are drums, and how fast, is decided within the first second
+melody_delay = 0.01            # else one note in ten comes a chroma frame early
 history_dropout = 0.8          # what has sounded tells the instrument better than any caption: at times it may not
 
 batch_size = 8
-epochs = 45
+epochs = 48
 updates_per_epoch = 300
 dtype = "bfloat16"             # half the time where the processor has it; else --dtype=float32
 optim = "muon"

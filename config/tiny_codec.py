@@ -30,10 +30,10 @@ balancer = False
 mel_range = (8, 13)            # windows 256 ... 4,096
 mel_floor = 0.1
 unquantised_steps = 200
-decoder_only_steps = 1000
+decoder_only_steps = 400
 
 batch_size = 10
-epochs = 3
+epochs = 2
 updates_per_epoch = 1000
 optim = "muon"
 lr = 0.02

@@ -124,8 +124,6 @@ def split(name: str) -> list[Tune]:
 
 
 # --- the instruments: each note is a sum of partials ------------------------------------------------------------
-# The same melody on two of them must have the same chroma, or a model cannot play on one what it hears from another:
-# fundamental and octaves are the strongest partials of all, and no note starts much later or dies much faster.
 
 @dataclass(frozen=True)
 class Instrument:
@@ -139,9 +137,9 @@ class Instrument:
     release: float              # s
     even: float = 1.0
     formant: float = 0.0        # Hz; 0 is none
-    decay: float = 0.0          # s to 1/e of the fundamental, of a struck or plucked string or of an accent; 0 sustains
+    decay: float = 0.0          # s to 1/e of the fundamental, a struck or plucked string; 0 sustains
     decay_slope: float = 0.5    # higher partials die n ** decay_slope times faster
-    floor: float = 0.0          # level that an accent decays to
+    floor: float = 0.0          # level that partials above the first decay to
     vibrato: float = 0.0        # cents, at 5.5 Hz, setting in after a quarter of a second
     detune: float = 0.0         # cents between two voices that beat against each other
     noise: float = 0.0          # breath (sustained) or hammer (struck), level
@@ -152,22 +150,19 @@ def harmonics(n: int) -> tuple:
 
 
 INSTRUMENTS = dict(
-    flute=Instrument(("flute",), 60, 79, harmonics(6), 2.3, 0.03, 0.06, vibrato=14, noise=0.12),
-    violin=Instrument(("violin", "fiddle"), 57, 81, harmonics(20), 1.25, 0.05, 0.08, formant=2600,
-                      decay=0.5, decay_slope=0.0, floor=0.5, vibrato=22),
+    flute=Instrument(("flute",), 60, 79, harmonics(6), 2.3, 0.06, 0.06, vibrato=14, noise=0.12),
+    violin=Instrument(("violin", "fiddle"), 57, 81, harmonics(20), 1.25, 0.09, 0.08, formant=2600, vibrato=22),
     guitar=Instrument(("guitar", "acoustic guitar", "plucked guitar"), 55, 76, harmonics(16), 0.9, 0.003, 0.08,
-                      decay=1.0, decay_slope=0.6, noise=0.03),
+                      decay=0.55, decay_slope=0.6, noise=0.03),
     organ=Instrument(("organ", "pipe organ", "church organ"), 55, 77, (1, 2, 3, 4, 6, 8), 0.55, 0.02, 0.07),
-    clarinet=Instrument(("clarinet",), 57, 77, harmonics(13), 1.1, 0.035, 0.05, even=0.04,
-                        decay=0.5, decay_slope=0.0, floor=0.5),
-    trumpet=Instrument(("trumpet",), 57, 79, harmonics(16), 1.3, 0.03, 0.05, formant=1800,
-                       decay=0.5, decay_slope=0.0, floor=0.5, vibrato=4),
+    clarinet=Instrument(("clarinet",), 57, 77, harmonics(13), 1.1, 0.035, 0.05, even=0.04),
+    trumpet=Instrument(("trumpet",), 57, 79, harmonics(16), 1.1, 0.03, 0.05, formant=1300, vibrato=4),
     bell=Instrument(("bell", "glockenspiel", "chime"), 57, 77, (1, 2.756, 5.404, 8.933), 0.75, 0.002, 0.25,
-                    decay=1.6, decay_slope=1.4),
+                    decay=1.3, decay_slope=1.4),
     piano=Instrument(("piano",), 55, 79, tuple(n * math.sqrt(1 + 4e-4 * n * n) for n in harmonics(12)), 1.4, 0.006,
-                     0.12, decay=1.2, noise=0.06),  # a stiff string: its partials are stretched
-    synth=Instrument(("synth lead", "synthesizer", "synth"), 55, 79, harmonics(20), 1.2, 0.005, 0.04,
-                     decay=0.3, decay_slope=0.0, floor=0.7, detune=25))
+                     0.12, decay=0.8, noise=0.06),  # a stiff string: its partials are stretched
+    synth=Instrument(("synth lead", "synthesizer", "synth"), 55, 79, harmonics(20), 0.9, 0.005, 0.04,
+                     decay=0.2, decay_slope=0.0, floor=0.35, detune=14))
 BASS = Instrument(("bass",), 33, 47, harmonics(5), 1.8, 0.004, 0.06, decay=0.4, noise=0.5)  # plucked: it marks the beat
 LONGEST = 4.0                   # s, of a single note
 DRUM = 0.4                      # s, of a stroke

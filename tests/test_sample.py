@@ -90,6 +90,21 @@ def test_the_melody_moves_with_the_window():
         assert torch.equal(window[0].argmax(-1), expected) and has.tolist() == [True, False]
 
 
+def test_guidance_delays_the_melody_and_nothing_else():
+    plain, delayed = (model(positional_embedding="rope", melody_delay=delay) for delay in (0.0, 0.01))
+    conditions = plain.lm.conditioner(["a flute", None], torch.rand(2, LM.chroma_frames, 12), None)
+    text = conditions.prefix_time < 0
+    moved = S.told_late(conditions, 2.5)
+    assert 0 < text.sum() < len(text)
+    torch.testing.assert_close(moved.prefix_time, conditions.prefix_time + torch.where(text, 0.0, 2.5))
+    assert all(a is b for a, b in zip(moved, conditions) if a is not moved.prefix_time)
+
+    def codes(model, guidance):
+        chroma = torch.eye(12)[torch.arange(LM.chroma_frames) % 12]
+        return model.generate_codes(["a flute"], [chroma], seeds=[0], duration=0.25, guidance=guidance)
+    assert torch.equal(codes(plain, 1.0), codes(delayed, 1.0)) and not torch.equal(codes(plain, 3.0), codes(delayed, 3.0))
+
+
 def test_a_prompt_is_kept_verbatim_and_continued():
     m = model()
     prompt = torch.randint(32, (1, 4, 30))

@@ -147,13 +147,6 @@ def test_lm_trains_and_writes_all_that_a_model_needs(lm_run, data):
             torch.testing.assert_close(tensor, model.lm.state_dict()[name[4:]], msg=name)
 
 
-def test_with_text_first_the_first_updates_are_those_without_melodies(data, tmp_path):
-    for name, changes in dict(first=dict(text_first=3), never=dict(melody_dropout=1.0), always={}).items():
-        training.train(Config(**settings(data, tmp_path / name, "lm", updates_per_epoch=6, **changes)))
-    first, never, always = (np.array(losses(tmp_path / name)) for name in ("first", "never", "always"))
-    assert (first[:3] == never[:3]).all() and (first[:3] != always[:3]).any() and (first[3:] != never[3:]).any()
-
-
 ONE_PROCESS = {"accumulated": dict(grad_accum=2), "checkpointed": dict(checkpointing=True)}
 TWO_PROCESSES = {"ddp": {}, "ddp, accumulated": dict(grad_accum=2), "fsdp": dict(sharding="fsdp", sample_every=20),
                  "fsdp, checkpointed": dict(sharding="fsdp", checkpointing=True, grad_accum=2)}
