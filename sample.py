@@ -198,7 +198,7 @@ class MusicGen:
                 passes = condition_passes(self.lm, descriptions, end - start, *self._window(chromas, start), guidance,
                                           two_step)
                 begun = p - (T - bar.total)
-                late = config.melody_delay * (guidance - 1) * self.frame_rate
+                late = config.melody_delay * max(0, guidance - 1) * self.frame_rate
                 passes = [told_late(conditions, late) for conditions in passes]
 
                 def show(step, steps):      # a window has a few steps more than frames: the delays
