@@ -3,7 +3,6 @@
     python -m pytest tests/test_rvq.py
 """
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -199,10 +198,10 @@ TRAIN = """
 import sys, torch
 import torch.distributed as dist
 from rvq import ResidualVectorQuantizer
-rank, world, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+rank, world, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 if world > 1:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{out}.meeting", rank=rank, world_size=world)
 quantizer = ResidualVectorQuantizer(4, 3, 16, kmeans_iters=5, q_dropout=True).train()
 torch.manual_seed(0)
 batches = torch.randn(5, 4, 4, 40)
@@ -218,11 +217,8 @@ if world > 1:
 
 
 def train_with(world, path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    jobs = [subprocess.Popen([sys.executable, "-c", TRAIN, str(rank), str(world), str(port), str(path)],
+    jobs = [subprocess.Popen([sys.executable, "-c", TRAIN, str(rank), str(world), str(path)],
                              env=environment) for rank in range(world)]
     try:
         assert [job.wait(120) for job in jobs] == [0] * world
