@@ -73,8 +73,9 @@ class MusicGen:
         compile: the layers by torch.compile, but where kernels.c, compiled as it is, serves them.
         Raises UserError naming what is missing or does not fit.
         """
-        # oneDNN keeps the code it compiles for every new length, up to 1,024 pieces: memory would grow for hours
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+        # oneDNN, and torch beside it, keep code and buffers for every new length, up to 1,024: memory would grow for hours
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "16")
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
         device, directory = pick_device(device), open_checkpoint(name_or_dir)
