@@ -186,6 +186,7 @@ class MusicGen:
         T = max(1, round(duration * self.frame_rate))
         longest = round(config.segment_duration * self.frame_rate)
         overlap = longest - max(1, min(longest, round(config.extend_stride * self.frame_rate)))
+        late = config.melody_delay * max(0, guidance - 1) * self.frame_rate
         done = torch.empty(B, config.n_q, 0, dtype=torch.long) if prompt is None else prompt.cpu()
         if done.shape[-1] >= T:
             raise UserError(f"the duration {duration} s includes the prompt, which is as long or longer; ask for more")
@@ -199,7 +200,6 @@ class MusicGen:
                 passes = condition_passes(self.lm, descriptions, end - start, *self._window(chromas, start), guidance,
                                           two_step)
                 begun = p - (T - bar.total)
-                late = config.melody_delay * max(0, guidance - 1) * self.frame_rate
                 passes = [told_late(conditions, late) for conditions in passes]
 
                 def show(step, steps):      # a window has a few steps more than frames: the delays

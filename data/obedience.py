@@ -49,7 +49,8 @@ def clip(config: Config, split: str, number: int, instrument: str | None = None)
     names = tunes.split(split)
     tune = names[number % len(names)]
     truth = tunes.draw(tune, rng)
-    truth |= {"instrument": instrument or truth["instrument"]}
+    if instrument:
+        truth["instrument"] = instrument
     return truth, *tunes.render_truth(tune, truth, config.segment_duration, config.sample_rate, rng)
 
 
@@ -281,7 +282,7 @@ def obedience(model, split: str, count: int) -> dict:
     cosine, agreement = compare_chroma(heard, asked)
     figures |= {"melody agreement": agreement.mean().item(), "melody cosine": cosine.mean().item(),
                 "melody agreement, shuffled": compare_chroma(heard, asked.roll(1, 0))[1].mean().item()}
-    # the most that a model can reach: the same melody on the instrument asked for, as it is rendered and reconstructed
+    # what a player of the same notes on the instrument asked for would reach, as rendered and as reconstructed
     figures |= {f"melody agreement of {name}": compare_chroma(melody_of(config, wavs), asked)[1].mean().item()
                 for name, wavs in (("real clips", played), ("reconstructions", through(codec, played)))}
     judged = right(judges, with_melody, truths)

@@ -357,7 +357,7 @@ def render(tune: Tune, instrument: str, bpm: float, transpose: int, drums: bool,
     peak, loudness = max(np.abs(mix).max(), np.abs(melody).max()), np.sqrt(np.mean(mix ** 2))
     gain = np.full(length, min(rng.uniform(0.09, 0.13) / loudness, 0.9 / peak), np.float32)
     gain *= np.minimum(1, np.arange(length, 0, -1) / (0.05 * sample_rate))  # no click at the end
-    return mix * gain, melody * gain
+    return tuple(np.clip(wave * gain, -0.9, 0.9) for wave in (mix, melody))  # the peak may be rounded up
 
 
 def render_truth(tune: Tune, truth: dict, seconds: float, sample_rate: int, rng: np.random.Generator):
