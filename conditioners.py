@@ -85,9 +85,12 @@ class T5Conditioner(nn.Module):
 
     def tokenize(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts -> token ids (B, P) and their mask (B, P) bool, right-padded, an end token closing each."""
-        if self.name in SMALL:      # the ids of ByT5: 0 padding, 1 end, byte + 3; or 2 an unknown word, 3 the first known one
-            ids = [[b + 3 for b in text.encode()] if self.name == "bytes" else
-                   [self.words.get(word, 2) for word in re.findall(r"\w+|[^\w\s]+", text.lower())] for text in texts]
+        if self.name in SMALL:      # 0 padding, 1 end; byte + 3, as ByT5; or 2 an unknown word, 3 the first known one
+            if self.name == "bytes":
+                ids = [[byte + 3 for byte in text.encode()] for text in texts]
+            else:
+                words = [re.findall(r"\w+|[^\w\s]+", text.lower()) for text in texts]
+                ids = [[self.words.get(word, 2) for word in row] for row in words]
             ids = [row[:511] + [1] for row in ids]
             longest = max(map(len, ids))
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
@@ -115,7 +118,8 @@ class T5Conditioner(nn.Module):
         given = torch.tensor([bool(text) for text in texts]).to(device)[:, None]       # (B, 1)
         # T5 stays in float32: its feed-forward leaves the range of float16. A text that is not given is run over its
         # end token all the same: a row without any token would give NaN.
-        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()), torch.autocast(device.type, enabled=False):
+        learns = self.trained and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns), torch.autocast(device.type, enabled=False):
             hidden = self.encoder()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         frames = self.proj(hidden.to(self.proj.weight.dtype))                          # (B, P, D)
         return frames * (mask & given)[..., None].to(frames.dtype), mask
@@ -134,7 +138,8 @@ def small_t5(config: Config) -> nn.Module:
     """A small T5 encoder over bytes or words with random weights; needs no files and no network."""
     from transformers import T5Config
     return new_t5(T5Config(
-        vocab_size=259 if config.t5 == "bytes" else 3 + len(config.t5_words.split()), d_model=config.t5_dim, d_kv=config.t5_dim // config.t5_heads, d_ff=4 * config.t5_dim,
+        vocab_size=3 + (256 if config.t5 == "bytes" else len(config.t5_words.split())),
+        d_model=config.t5_dim, d_kv=config.t5_dim // config.t5_heads, d_ff=4 * config.t5_dim,
         num_layers=config.t5_layers, num_heads=config.t5_heads, dropout_rate=0.0,
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False))
 
@@ -186,7 +191,8 @@ def load_tokenizer(name: str, words: dict):
     try:
         return AutoTokenizer.from_pretrained(open_checkpoint(name), trust_remote_code=False)
     except Exception as error:  # of all kinds
-        raise UserError(f"{name}: holds no tokenizer for its text encoder ({' '.join(str(error).split())[:150]})") from None
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{name}: holds no tokenizer for its text encoder ({reason})") from None
 
 
 # --- melody --------------------------------------------------------------------------------------------------
@@ -243,10 +249,10 @@ class Conditioners(nn.Module):
         if self.melody is not None:
             weight = self.melody.proj.weight
             if chroma is None:
-                shape = (len(texts), self.config.chroma_frames, self.config.n_chroma)
-                chroma, has_melody = weight.new_zeros(shape), torch.zeros(len(texts), dtype=torch.bool, device=weight.device)
+                chroma = weight.new_zeros(len(texts), self.config.chroma_frames, self.config.n_chroma)
+                has_melody = torch.zeros(len(texts), dtype=torch.bool)
             if has_melody is None:
-                has_melody = torch.ones(len(chroma), dtype=torch.bool, device=weight.device)
+                has_melody = torch.ones(len(chroma), dtype=torch.bool)
             chroma, has_melody = chroma.to(weight), has_melody.to(weight.device)
             if guidance:
                 chroma, has_melody = torch.cat([chroma, chroma]), torch.cat([has_melody, torch.zeros_like(has_melody)])
@@ -346,7 +352,7 @@ def demo():
         print(f"  {str(text):>10}  {''.join(cells[:m])} | {''.join(cells[m:])}")
     meta = dict(description="A slow air for a flute, alone in a large hall.", key="d minor", bpm=72.0,
                 moods=["calm", "sad"], instrument="flute")
-    print(f"\ntraining captions of one track, merged with its metadata at a rate of {config.merge_text_p}, words dropped:")
+    print(f"\ntraining captions of one track, merged with metadata at a rate of {config.merge_text_p}, words dropped:")
     rng = np.random.default_rng(1)
     for _ in range(6):
         print("  ", word_dropout(augment_description(meta, config, rng), config.word_dropout, rng))

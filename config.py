@@ -46,7 +46,7 @@ class Config:
     channels: int = 1                   # C, audio channels: 1 mono, 2 stereo
     sample_rate: int = 32000            # Hz
     segment_duration: float = 30.0      # s, length of a training example
-    start_p: float = 0.0                # a segment of training begins where its track begins with this probability, else anywhere
+    start_p: float = 0.0                # a segment of training begins where its track does with this probability
 
     # --- codec: EnCodec (encodec.py, rvq.py) ---------------------------------------------------------
     codec: str = "facebook/encodec_32khz"  # lm: the codec it speaks; a hub id or a directory
@@ -87,7 +87,7 @@ class Config:
     text: str = "prepend"               # how text enters: prepend, cross, sum, interpolate or none
     t5: str = "t5-base"                 # a hub id or directory; "bytes", "words": a small T5 of our own, trained along
     t5_finetune: bool = False           # train T5 too (one of our own always is)
-    t5_words: str = ""                  # what "words" tells apart, with blanks between; all other words are one and the same
+    t5_words: str = ""                  # what "words" tells apart, with blanks between; all other words are one
     t5_dim: int = 128                   # width, layers and heads of a T5 of our own (others bring theirs)
     t5_layers: int = 2
     t5_heads: int = 4
@@ -102,20 +102,20 @@ class Config:
     num_layers: int = 48
     hidden_scale: int = 4               # feed-forward width / dim
     dropout: float = 0.0                # after the feed-forward
-    positional_embedding: str = "sin"   # "sin" (the original), "rope" with the prefix aligned in time, or both, "sin_rope"
+    positional_embedding: str = "sin"   # "sin" (the original), "rope", the prefix aligned in time, or both, "sin_rope"
     positional_scale: float = 1.0       # what the sinusoids are multiplied by
     max_period: float = 10000.0         # longest wavelength of the positions
     qk_layer_norm: bool = False         # normalise queries and keys (helps short training of small models)
     pattern: str = "delay"              # delay, parallel, unroll, coarse_first or musiclm
     delays: tuple[int, ...] = (0, 1, 2, 3)  # of the delay pattern, one a codebook
     cfg_dropout: float = 0.2            # all conditions of an item dropped in training (classifier-free guidance)
-    history_dropout: float = 0.0        # an item sees few of its own codes in training, a random share (half as likely with
-    #                                     a melody): where what has sounded tells little, the text is read (config/tiny.py)
-    early_weight: float = 1.0           # of the first EARLY frames in the loss of training: as music begins it goes on, and
-    #                                     all that is not told by what has sounded is decided there (ours: config/tiny.py)
+    history_dropout: float = 0.0        # an item sees few of its own codes in training, a random share (half as likely
+    #                                     with a melody): where what has sounded tells little, the text is read (ours)
+    early_weight: float = 1.0           # of the first EARLY frames in the loss of training: as music begins it goes on,
+    #                                     and all that is not told by what has sounded is decided there (ours)
     cfg_coef: float = 3.0               # guidance at sampling
-    melody_delay: float = 0.0           # s by which a melody is told late for every 1 that guidance is above 1 (ours, see
-    #                                     sample.told_late; only where its frames have times: positional_embedding "rope")
+    melody_delay: float = 0.0           # s by which a melody is told late for every 1 that guidance is above 1 (ours,
+    #                                     see sample.told_late; only where its frames have times: "rope", "sin_rope")
 
     # --- training (train.py) -----------------------------------------------------------------------------
     batch_size: int = 192               # over all processes
@@ -295,7 +295,8 @@ def _cast(field, value, where=""):
 
 def typing_name(field) -> str:
     """'int', 'float', 'tuple[int, ...]', as the field is declared."""
-    return field.type.__name__ if isinstance(field.type, type) and not hasattr(field.type, "__args__") else str(field.type)
+    plain = isinstance(field.type, type) and not hasattr(field.type, "__args__")
+    return field.type.__name__ if plain else str(field.type)
 
 
 def _is(value, kind) -> bool:
@@ -311,15 +312,16 @@ CHOICES = dict(
     null_melody=("zeros", "c"), positional_embedding=("sin", "rope", "sin_rope"),
     pattern=("delay", "parallel", "unroll", "coarse_first", "musiclm"),
     optim=("dadam", "adamw", "muon"), sharding=("ddp", "fsdp"), channels=(1, 2))
-PROBABILITIES = ("start_p melody_dropout word_dropout merge_text_p drop_desc_p drop_other_p dropout cfg_dropout history_dropout top_p "
-                 "lr_min_ratio").split()
+PROBABILITIES = ("start_p melody_dropout word_dropout merge_text_p drop_desc_p drop_other_p dropout cfg_dropout "
+                 "history_dropout top_p lr_min_ratio").split()
 LARGEST = {key: most for most, keys in (  # a stranger's checkpoint or a slip must not take all memory, or for ever
     (64, "n_q lstm n_residual_layers hidden_scale dilation_base"),
     (1024, "num_layers t5_layers t5_heads kernel_size last_kernel_size residual_kernel_size n_chroma n_mels"),
     (2 ** 16, "dim t5_dim n_filters dimension disc_filters lora_rank chroma_length batch_size"),
     (86_400, "segment_duration extend_stride"), (400_000, "sample_rate"), (2 ** 32, "seed")) for key in keys.split()}
-ZERO_OK = ("seed chroma_length lstm q_dropout threshold_dead top_k temperature cfg_coef melody_delay lora_rank warmup max_norm weight_decay adv feat l1 "
-           "msspec sc commit unquantised_steps decoder_only_steps sample_every valid_every save_every").split()
+ZERO_OK = ("seed chroma_length lstm q_dropout threshold_dead top_k temperature cfg_coef melody_delay lora_rank warmup "
+           "max_norm weight_decay adv feat l1 msspec sc commit unquantised_steps decoder_only_steps sample_every "
+           "valid_every save_every").split()
 
 
 def _check(c: Config):

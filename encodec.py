@@ -215,7 +215,7 @@ class EncodecModel(nn.Module):
         return self._run(self.decoder, self.quantizer.decode(codes), PIECE)
 
     def _run(self, layers, x, piece: int):
-        """layers(x), in pieces where x is long: the same within rounding, in bounded memory. In the precision of `fold`."""
+        """layers(x), in the precision of `fold`; a long x in pieces: the same within rounding, in bounded memory."""
         x = x.to(next(layers.parameters()).dtype)
         if x.shape[-1] <= 2 * piece or self.config.norm == "time_group_norm":  # that norm needs the whole
             return layers(x).float()
@@ -345,11 +345,12 @@ def conv_by_products(conv, x):
     (k,), (s,), (d,), weight = conv.kernel_size, conv.stride, conv.dilation, conv.weight.permute(2, 1, 0)
     B, C, L = x.shape
     T = (L - d * (k - 1) - 1) // s + 1
-    if s == 1 and len(conv.weight) < 8:     # few outputs: one product for the whole kernel, then what belongs together is added
+    if s == 1 and len(conv.weight) < 8:     # few outputs: one product for the whole kernel, whose parts are then added
         parts = (x.mT @ weight.permute(1, 0, 2).flatten(1)).float().view(B, L, k, -1)
         return (sum(parts[:, n * d:n * d + T, n] for n in range(k)) + conv.bias.float()).to(x.dtype).mT
     if C < 8:                               # few inputs: all of a window at once
-        frames, weight = x.unfold(-1, d * (k - 1) + 1, s)[..., ::d].permute(0, 2, 3, 1).flatten(2), weight.flatten(0, 1)[None]
+        frames = x.unfold(-1, d * (k - 1) + 1, s)[..., ::d].permute(0, 2, 3, 1).flatten(2)
+        weight = weight.flatten(0, 1)[None]
     else:
         frames, weight = x.mT.reshape(B, L // s, s * C), weight.reshape(k // s, s * C, -1)
     y = x.new_empty(B, T, len(conv.weight))
@@ -474,7 +475,7 @@ def generator_losses(fake, real) -> dict:
 
 
 def discriminator_loss(fake, real):
-    """Hinge loss that trains the discriminator: real above 1, fake (a detached reconstruction) below -1 (section 3.4)."""
+    """Hinge loss of the discriminator (section 3.4): real above 1, fake (a detached reconstruction) below -1."""
     return torch.stack([F.relu(1 - r).mean() + F.relu(1 + f).mean() for f, r in zip(fake[0], real[0])]).mean()
 
 

@@ -72,8 +72,7 @@ class Attention(nn.Module):
         width = config.dim // config.num_heads                                          # E
         self.qkv = Projection(config.dim, 3 * config.dim)
         self.out = Projection(config.dim, config.dim)
-        norm = config.qk_layer_norm
-        self.q_norm, self.k_norm = (nn.LayerNorm(width), nn.LayerNorm(width)) if norm else (nn.Identity(), nn.Identity())
+        self.q_norm, self.k_norm = (nn.LayerNorm(width) if config.qk_layer_norm else nn.Identity() for _ in range(2))
         self.attend = causal        # precision.py has a quicker one for training on the CPU
 
     def forward(self, x, angles=None, mask=None, cache=None):
@@ -148,14 +147,14 @@ class LMModel(nn.Module):
         self.heads = Projection(config.dim, config.n_q * config.card)                   # K heads in one
         self.conditioner = Conditioners(config)
         # Where no position is added, frames of zeros ("no text", "no melody") would reach the norms as zeros, whose
-        # gradient there is 1 / sqrt(eps) for every layer: a learned vector on all prefix frames keeps them away from it.
+        # gradient there is 1 / sqrt(eps) for every layer: a learned vector on all prefix frames keeps them away.
         self.prefix_mark = nn.Parameter(torch.randn(config.dim)) if config.positional_embedding != "sin" else None
         self.checkpointing = config.checkpointing
         self.cache = Cache                      # what `generate` keeps keys and values in
         self.init_weights()
 
     def compile_layers(self):
-        """torch.compile, layer by layer: they are all alike, and compile once. Generation then leaves kernels.c alone."""
+        """torch.compile, layer by layer: all alike, they compile once. Generation then leaves kernels.c alone."""
         self.cache = Cache
         for layer in self.layers:
             layer.compile()
@@ -236,7 +235,8 @@ class LMModel(nn.Module):
 
         "sin": counted from 0 at the first prefix frame, over the frames that an item has (the original counts
         padding too, so there the length of the longest text shifts everybody). "rope": time in steps, so that a
-        melody frame has the position of the music it belongs to; text comes before time 0. "sin_rope": this time, both ways.
+        melody frame has the position of the music it belongs to; text comes before time 0. "sin_rope": this time,
+        both ways.
         """
         steps = torch.arange(start, start + S, device=device, dtype=torch.float32).expand(B, S)
         if conditions.prefix is None:
@@ -252,12 +252,13 @@ class LMModel(nn.Module):
 
     # --- training: the loss -------------------------------------------------------------------------------------
 
-    def compute_predictions(self, codes: torch.Tensor, conditions: Conditions = Conditions(), keep_only_valid_steps: bool = True,
-                            forgets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute_predictions(self, codes: torch.Tensor, conditions: Conditions = Conditions(),
+                            keep_only_valid_steps: bool = True, forgets: torch.Tensor | None = None):
         """Codes (B, K, T) -> logits (B, K, T, V) aligned with them, and the mask (K, T) of those that exist.
 
         keep_only_valid_steps drops the last steps, which the delays cause: the original trains so, and the last
-        d_k frames of codebook k are then never predicted. forgets (B,): how likely an item is to see few of its codes.
+        d_k frames of codebook k are then never predicted. forgets (B,): how likely an item is to see few of its
+        codes.
         """
         T = codes.shape[-1]
         sequence, _ = self.pattern.build(codes, self.special, keep_only_valid_steps)
@@ -277,9 +278,10 @@ class LMModel(nn.Module):
         steps = self.pattern.steps(T, keep_only_valid_steps=True)
         conditions = self.conditioner(texts or [None] * B, chroma, has_melody, steps)
         forgets = None
-        if self.training and self.config.history_dropout:   # where there is a melody, it is the tempo: words about it are
-            alone = torch.full((B,), chroma is None, device=codes.device) if has_melody is None else ~has_melody.to(codes.device)
-            forgets = self.config.history_dropout * torch.where(alone, 1.0, 0.5)        # learnt from items that have none
+        if self.training and self.config.history_dropout:
+            # a melody tells the tempo by itself: words about it are learnt from the items that have none
+            told = torch.full((B,), chroma is not None) if has_melody is None else has_melody
+            forgets = self.config.history_dropout * torch.where(told.to(codes.device), 0.5, 1.0)
         logits, mask = self.compute_predictions(codes, conditions, forgets=forgets)     # (B, K, T, V), (K, T)
         weight = 1.0
         if self.training and self.config.early_weight != 1:
@@ -328,9 +330,11 @@ def codebook_cross_entropy(logits, codes, mask, weight=1.0) -> torch.Tensor:
     B, K, T, V = logits.shape
     assert codes.shape == (B, K, T)
     mask = mask.expand(B, K, T)
-    # invalid logits are NaN, so that a wrong mask fails loudly: they must not reach the sum, nor its gradient
-    ce = [F.cross_entropy(torch.where(mask[:, k, :, None], logits[:, k].float(), 0.0).flatten(0, 1), codes[:, k].flatten(),
-                          reduction="none").view(B, T) for k in range(K)]   # one codebook at a time: less memory
+    ce = []
+    for k in range(K):      # one codebook at a time: less memory
+        # invalid logits are NaN, so that a wrong mask fails loudly: they must not reach the sum, nor its gradient
+        valid = torch.where(mask[:, k, :, None], logits[:, k].float(), 0.0)             # (B, T, V)
+        ce.append(F.cross_entropy(valid.flatten(0, 1), codes[:, k].flatten(), reduction="none").view(B, T))
     weight = mask * weight                                                              # (B, K, T); weight (T,) or 1
     return (torch.stack(ce, 1) * weight).sum((0, 2)) / weight.sum((0, 2)).clamp(min=1)
 
@@ -351,7 +355,7 @@ class Cache:
         self.v = torch.zeros(config.num_layers, batch, H, steps, E, device=device, dtype=dtype)
         self.room, self.dtype = steps, dtype
         self.length = self.steps = 0            # positions filled; steps of the music among them
-        self.hidden = None                      # (B, 1, 1, room): a huge negative number at padding of the prefix, else 0
+        self.hidden = None                      # (B, 1, 1, room): hugely negative at padding of the prefix, else 0
         self.cross = {}                         # layer -> keys and values of its cross-attention
         self.n = 0                              # the layer that x is in
 
@@ -400,8 +404,9 @@ class Cache:
 def sample(logits, uniform, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0) -> torch.Tensor:
     """Logits (B, K, V) and uniform numbers (B, K) in [0, 1) -> codes (B, K).
 
-    Every codebook is drawn independently (MusicGen, equation 4). Inverse transform sampling over the sorted entries: the draw depends on the item's own numbers alone, so a
-    batch, a device or a neighbour cannot change it. Temperature 0 or top_k 1 is greedy.
+    Every codebook is drawn independently (MusicGen, equation 4). Inverse transform sampling over the sorted entries:
+    the draw depends on the item's own numbers alone, so a batch, a device or a neighbour cannot change it.
+    Temperature 0 or top_k 1 is greedy.
     """
     if temperature < 1e-5 or top_k == 1:
         return logits.argmax(-1)
@@ -458,7 +463,8 @@ def generate(lm: LMModel, passes: list[Conditions], T: int, seeds: list[int], pr
     uniform = [torch.rand(S, K, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     uniform = torch.stack(uniform).to(device)                                           # (B, S, K)
     dtype = (lm.emb if lm.cache is Cache else lm.heads).weight.dtype
-    caches = [lm.cache(lm.config, rows, S + (0 if c.prefix is None else c.prefix.shape[1]), device, dtype) for c in passes]
+    room = [S + (0 if c.prefix is None else c.prefix.shape[1]) for c in passes]
+    caches = [lm.cache(lm.config, rows, steps, device, dtype) for steps in room]
 
     first, previous = max(1, lm.pattern.first_step(T, T0)), 0
     for step in range(first, S):
@@ -498,7 +504,8 @@ def demo():
     print(f"\ncodes {tuple(codes.shape)} -> sequence {tuple(sequence.shape)} -> logits {tuple(full.shape)}")
     print(f"step by step with the cache against all at once: largest difference {error:.1e}")
     loss, ce = lm.loss(codes, ["slow flute", None])
-    print(f"cross-entropy per codebook, untrained: {[f'{x:.2f}' for x in ce.tolist()]} (uniform: {math.log(config.card):.2f})")
+    print(f"cross-entropy per codebook, untrained: {[f'{x:.2f}' for x in ce.tolist()]} "
+          f"(uniform: {math.log(config.card):.2f})")
     print("greedy continuation of the first 10 frames, codebook 1:",
           generate(lm, passes, T, [0, 1], prompt=codes[..., :10], guidance=1, temperature=0)[0, 0].tolist())
 

@@ -66,7 +66,7 @@ class Pattern:
 class DelayPattern(Pattern):
     """Codebook k runs delays[k] columns late: P_s = {(s - k + 1, k)} (equation 6; k from 1).
 
-    `empty_initial`: more empty columns at the start, -1 for none at all; `flatten_first`: that many frames are laid out
+    empty_initial: more empty columns at the start, -1 for none at all. flatten_first: that many frames are laid out
     one code per column before the delayed part.
     """
     delays: tuple[int, ...]
@@ -83,8 +83,11 @@ class DelayPattern(Pattern):
 
 @dataclass(frozen=True)
 class ParallelPattern(Pattern):
-    """All codebooks of a frame in one column, P_s = {(s, k)} (equation 5): fewest steps, and blind to what the
-    codebooks owe each other, so that even a perfect model of each (equation 3) samples another music (equation 4)."""
+    """All codebooks of a frame in one column, P_s = {(s, k)} (equation 5).
+
+    Fewest steps, and blind to what the codebooks owe each other: even a perfect model of each (equation 3) samples
+    another music (equation 4).
+    """
     n_q: int
 
     def layout(self, T):
@@ -94,7 +97,10 @@ class ParallelPattern(Pattern):
 @dataclass(frozen=True)
 class UnrollPattern(Pattern):
     """Flattening: a frame takes max(flattening) + 1 columns, codebook k stands in the one flattening[k] names.
-    Nothing is assumed independent (equations 1 and 2), at K times the steps. Codebooks of one column may be delayed together."""
+
+    Nothing is assumed independent (equations 1 and 2), at K times the steps. Codebooks of one column may be delayed
+    together.
+    """
     flattening: tuple[int, ...]
     delays: tuple[int, ...] = ()
 

@@ -195,5 +195,5 @@ if __name__ == "__main__":
     for k in range(1, 7):
         error = float((vectors - rvq.decode(codes[:, :k])).square().mean() / vectors.square().mean())
         print(f"{k} codebook{'s' * (k > 1):1}  error {100 * error:5.1f} %  {'#' * round(60 * error)}")
-    print("Each halves it: 8 bits for 16 numbers are R = 1/2 bit each, and 2 ** (-2 R) = 1/2 is the bound for such numbers.\n"
-          "(The entries were fitted to these very vectors, which is worth a percent.)")
+    print("Each halves it: 8 bits for 16 numbers are R = 1/2 bit each, and 2 ** (-2 R) = 1/2 is the bound for such\n"
+          "numbers. (The entries were fitted to these very vectors, which is worth a percent.)")

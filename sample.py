@@ -37,7 +37,8 @@ from encodec import EncodecModel
 from lm import Cache, LMModel, condition_passes, generate
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "auto": None}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
+          "auto": None}
 MAX_DURATION = 3600.0   # s; a guard against --duration 1e9, not a limit of the method
 
 
@@ -48,8 +49,9 @@ class MusicGen:
         self.lm, self.codec, self.config = lm.eval(), codec.eval(), lm.config
         per_channel = self.config.n_q // (2 if self.stereo else 1)
         if codec.num_codebooks < per_channel or codec.cardinality != self.config.card:
-            raise UserError(f"the language model speaks {per_channel} codebooks of {self.config.card} entries, its codec "
-                            f"{codec.num_codebooks} of {codec.cardinality}; set codec = to the one it was trained with")
+            raise UserError(f"the language model speaks {per_channel} codebooks of {self.config.card} entries, its "
+                            f"codec {codec.num_codebooks} of {codec.cardinality}; set codec = to the one it was "
+                            f"trained with")
 
     @property
     def stereo(self) -> bool:
@@ -65,7 +67,8 @@ class MusicGen:
         return self.codec.frame_rate
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, device: str = "auto", dtype: str = "float32", compile: bool = False) -> "MusicGen":
+    def from_pretrained(cls, name_or_dir, device: str = "auto", dtype: str = "float32",
+                        compile: bool = False) -> "MusicGen":
         """Loads our directory, a transformers directory or hub id, or a directory in the original's format.
 
         dtype: of the language model's weights, "float32", "bfloat16", "float16", "int8" (on the CPU) or "auto", the
@@ -73,7 +76,7 @@ class MusicGen:
         compile: the layers by torch.compile, but where kernels.c, compiled as it is, serves them.
         Raises UserError naming what is missing or does not fit.
         """
-        # oneDNN, and torch beside it, keep code and buffers for every new length, up to 1,024: memory would grow for hours
+        # oneDNN, and torch beside it, keep code and buffers for up to 1,024 lengths: memory would grow for hours
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, "16")
         if dtype not in DTYPES:
@@ -119,7 +122,8 @@ class MusicGen:
         if self.lm.conditioner.melody is None or all(c is None for c in chromas):
             return None, None
         M, first = self.config.chroma_frames, round(start * self.config.stride / self.config.hop)
-        rows = [torch.zeros(1, M, self.config.n_chroma) if c is None else match_length(c[None], M, first) for c in chromas]
+        nothing = torch.zeros(1, M, self.config.n_chroma)
+        rows = [nothing if c is None else match_length(c[None], M, first) for c in chromas]
         return torch.cat(rows), torch.tensor([c is not None for c in chromas])
 
     # --- generation ------------------------------------------------------------------------------------------------
@@ -177,11 +181,13 @@ class MusicGen:
         if not 0 < duration <= MAX_DURATION:
             raise UserError(f"duration {duration} s: must be more than 0 and at most {MAX_DURATION:.0f} s")
         if not (temperature >= 0 and top_k >= 0 and 0 <= top_p <= 1):
-            raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} within 0 and 1")
+            raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} within 0 "
+                            f"and 1")
         if not abs(guidance) <= 1000:
             raise UserError(f"guidance {guidance}: must lie between -1000 and 1000; 3 is usual")
         if any(c is not None for c in chromas) and self.lm.conditioner.melody is None:
-            raise UserError("this model was trained on text only and takes no melody; use a melody model or leave it out")
+            raise UserError("this model was trained on text only and takes no melody; use a melody model or leave it "
+                            "out")
 
         T = max(1, round(duration * self.frame_rate))
         longest = round(config.segment_duration * self.frame_rate)
@@ -222,8 +228,9 @@ class MusicGen:
 def told_late(conditions: Conditions, steps: float) -> Conditions:
     """Conditions whose melody frames have the times of music `steps` later (ours).
 
-    Guidance raises to a power by how much likelier the melody makes it that a note begins now, again at every step while
-    one is due: notes begin early, the more so the higher it is. Where melody frames have times that can be put right.
+    Guidance raises to a power by how much likelier the melody makes it that a note begins now, again at every step
+    while one is due: notes begin early, the more so the higher it is. Where melody frames have times that can be put
+    right.
     """
     time = conditions.prefix_time                   # (P,), of text below 0
     return conditions if time is None else conditions._replace(prefix_time=torch.where(time >= 0, time + steps, time))
@@ -267,8 +274,10 @@ def parse(argv):
     parser = Parser(description="Text and a melody in, music out.", allow_abbrev=False)
     add = parser.add_argument
     add("--text", action="append", metavar="TEXT", help="what to play; several make a batch")
-    add("--melody", action="append", metavar="FILE", help="melody to follow: one for all texts, or one for each ('' for none)")
-    add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="X", help="directory or Hugging Face id (default: the shipped model)")
+    add("--melody", action="append", metavar="FILE",
+        help="melody to follow: one for all texts, or one for each ('' for none)")
+    add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="X",
+        help="directory or Hugging Face id (default: the shipped model)")
     add("--out", metavar="FILE", help="wav, flac, ogg or mp3 (default: samples/TEXT.wav); a batch is numbered")
     add("--duration", type=seconds, default=10.0, metavar="S", help="seconds, a prompt included (default 10)")
     add("--prompt", metavar="FILE", help="recording to continue")
@@ -284,7 +293,8 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="float32", choices=list(DTYPES), help="of the language model's weights")
     add("--page", metavar="DIR", help="also write DIR/index.html, a page to listen to the results")
-    add("--compile", action="store_true", help="torch.compile the layers, but on a CPU with a C compiler, where kernels.c is faster")
+    add("--compile", action="store_true",
+        help="torch.compile the layers, but on a CPU with a C compiler, where kernels.c is faster")
     add("--overwrite", action="store_true", help="replace an existing --out or --page")
     add("--keep_partial", action="store_true", help="Ctrl-C ends with what is finished, not with nothing")
     add("--export", metavar="DIR", help="write the checkpoint small, as it is shipped (int8 and float16), and stop")
@@ -330,7 +340,6 @@ def main(argv):
         prompt = model.encode_prompt(wav, None, len(texts))
     elif args.continue_from:
         prompt = read_codes(args.continue_from, model.config).expand(len(texts), -1, -1)
-    settings = dict(guidance=args.guidance, two_step=args.two_step, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     interrupted = []
 
     def ask_to_stop(number, frame):
@@ -339,7 +348,8 @@ def main(argv):
     if args.keep_partial:
         signal.signal(signal.SIGINT, ask_to_stop)
     codes = model.generate_codes(texts, [path and chroma[path] for path in melodies], prompt, args.duration, seeds,
-                                 progress=True, interrupted=interrupted, **settings)
+                                 args.guidance, args.two_step, args.temperature, args.top_k, args.top_p,
+                                 progress=True, interrupted=interrupted)
     if not codes.shape[-1]:
         raise UserError("interrupted before the first frame was whole: nothing is written")
     wav = model.decode(codes, args.duration)
@@ -347,7 +357,8 @@ def main(argv):
         write_audio(out, wav[i], model.sample_rate)
         if args.save_codes:
             write_codes(out.with_suffix(".npz"), codes[i])
-        write_atomic(out.with_suffix(".json"), describe(args, texts[i], melodies[i], seeds[i], out, model.config).encode())
+        told = describe(args, texts[i], melodies[i], seeds[i], out, model.config)
+        write_atomic(out.with_suffix(".json"), told.encode())
         print(out)
     if page:
         write_page(page, outs, "python sample.py " + shlex.join(argv))
@@ -369,10 +380,13 @@ def output_names(args, texts) -> list[Path]:
             raise UserError(f"--out {out}: {taken[0]} exists; choose another name or add --overwrite")
         return outs
     outs = []
+
+    def free(out):
+        return out not in outs and not any(map(os.path.lexists, written(out, args)))
     for text in texts:
         stem = re.sub(r"[^\w-]+", "_", text or "music")[:60].strip("_") or "music"
         names = (Path("samples") / f"{stem}{f'_{n}' if n else ''}.wav" for n in range(10 ** 6))
-        outs.append(next(name for name in names if not any(map(os.path.lexists, written(name, args))) and name not in outs))
+        outs.append(next(filter(free, names)))
     return outs
 
 
@@ -383,15 +397,17 @@ def written(out: Path, args) -> list[Path]:
 
 def describe(args, text, melody, seed, out, config) -> str:
     """The JSON beside a result: what was asked for, with what settings, and the command that does it again."""
-    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
-    given = {k: v for k, v in given.items() if k not in ("text", "melody", "seed", "out", "page", "overwrite", "keep_partial")}
-    flags = {**({"text": text} if text else {}), **({"melody": melody} if melody else {}), **given, "seed": seed, "out": str(out)}
+    apart = ("text", "melody", "seed", "out", "page", "overwrite", "keep_partial")
+    given = {k: v for k, v in vars(args).items() if v is not None and v is not False and k not in apart}
+    item = {name: value for name, value in (("text", text), ("melody", melody)) if value}
+    flags = {**item, **given, "seed": seed, "out": str(out)}
     said = {k: v for k, v in flags.items() if (k, v) != ("checkpoint", str(DEFAULT_CHECKPOINT))}
     command = [w for k, v in said.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
     used = {name: given.get(name, getattr(config, key)) for name, key in (
         ("guidance", "cfg_coef"), ("temperature", "temperature"), ("top_k", "top_k"), ("top_p", "top_p"))}
-    return json.dumps({**flags, "settings": used, "torch": torch.__version__,
-                       "command": "python sample.py " + shlex.join(command), "config": dataclasses.asdict(config)}, indent=1) + "\n"
+    told = {**flags, "settings": used, "torch": torch.__version__, "command": "python sample.py " + shlex.join(command),
+            "config": dataclasses.asdict(config)}
+    return json.dumps(told, indent=1) + "\n"
 
 
 def write_codes(path, codes: torch.Tensor):
@@ -415,8 +431,10 @@ def read_codes(path, config) -> torch.Tensor:
             codes = torch.from_numpy(file["codes"].astype(np.int64))
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise UserError(f"--continue_from {path}: not a file of --save_codes ({str(error)[:100]})") from None
-    if codes.dim() != 2 or len(codes) != config.n_q or not codes.numel() or not 0 <= codes.min() <= codes.max() < config.card:
-        raise UserError(f"--continue_from {path}: codes {tuple(codes.shape)} are not {config.n_q} codebooks of {config.card} entries")
+    fits = codes.dim() == 2 and len(codes) == config.n_q and codes.numel()
+    if not fits or not 0 <= codes.min() <= codes.max() < config.card:
+        raise UserError(f"--continue_from {path}: codes {tuple(codes.shape)} are not {config.n_q} codebooks of "
+                        f"{config.card} entries")
     return codes[None]
 
 

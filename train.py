@@ -10,8 +10,10 @@
 
 The loop is `train`; it reads straight down, its steps numbered as in README ("the life of a batch"). Before it stand
 the optimizers and the two things that are trained; what comes after it (logging, several processes, --plan) can wait,
-and so can resuming and fine-tuning (checkpoints/resume.py, tuning.py). Everything random about item i of update u comes from a generator seeded (seed, u, i),
-so that one process or eight, resumed or not, train on the same data. `update` counts steps of the optimizer, from 0.
+and so can resuming and fine-tuning (checkpoints/resume.py, tuning.py).
+
+Everything random about item i of update u comes from a generator seeded (seed, u, i), so that one process or eight,
+resumed or not, train on the same data. `update` counts steps of the optimizer, from 0.
 """
 import dataclasses
 import inspect
@@ -274,7 +276,8 @@ def build_optimizers(module, extra, config: Config) -> list:
         rest = [p for p in params if all(p is not other for other in directions + matrices)]
         groups = [dict(params=directions, keep_norm=True), dict(params=matrices)]
         precision = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        optimizers = [Muon([g for g in groups if g["params"]], config.lr, weight_decay=config.weight_decay, precision=precision),
+        groups = [group for group in groups if group["params"]]
+        optimizers = [Muon(groups, config.lr, weight_decay=config.weight_decay, precision=precision),
                       torch.optim.AdamW(rest, config.lr / 10, **shared)]
     if list(extra.parameters()):
         lr = config.lr if config.optim == "adamw" else 3e-4
@@ -798,7 +801,7 @@ def main(argv):
 
     def ask_to_stop(number, frame):  # the first Ctrl-C ends the run after this update; the second one at once
         interrupted.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # not SIGTERM: torchrun sends it to all as soon as Ctrl-C is pressed
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # not SIGTERM: torchrun sends it to all at the first Ctrl-C
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
     try:

@@ -233,8 +233,10 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
     with torch.device("meta"):
         lm = LMModel(config)
     shapes = {name: value.shape for name, value in lm.state_dict().items()}
-    int8 = {f"{name}.weight" for name, m in lm.named_modules() if isinstance(m, Projection)} if dtype == torch.int8 else set()
-    dtype = torch.float32 if int8 else dtype
+    int8 = set()
+    if dtype == torch.int8:     # the projections; the rest
+        int8 = {f"{name}.weight" for name, module in lm.named_modules() if isinstance(module, Projection)}
+        dtype = torch.float32
     if origin == "ours":
         tensors = {}
         for name, tensor in read_tensors(directory):
@@ -246,7 +248,8 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
         for name in [name for name in tensors if name + SCALE in tensors]:
             scale = tensors[name + SCALE]
             if scale.shape != tensors[name].shape[:1] or not scale.is_floating_point():
-                raise UserError(f"{directory}: {name} is {tuple(tensors[name].shape)}, its scale {tuple(scale.shape)}; damaged")
+                raise UserError(f"{directory}: {name} is {tuple(tensors[name].shape)}, its scale {tuple(scale.shape)}; "
+                                f"damaged")
             if name not in int8:
                 tensors[name] = (tensors[name] * tensors.pop(name + SCALE)[:, None]).to(dtype or torch.float32)
         if TIED[0] in tensors:
@@ -297,7 +300,8 @@ def lm_config_from_transformers(directory) -> Config:
     values = dict(
         channels=channels, sample_rate=codec.sampling_rate, ratios=tuple(codec.upsampling_ratios), codec=str(directory),
         text="prepend" if melody else "cross", t5=str(directory), null_melody="c", melody="none",
-        segment_duration=getattr(theirs, "segment_duration", 30.0), extend_stride=getattr(theirs, "extend_stride", 18.0),
+        segment_duration=getattr(theirs, "segment_duration", 30.0),
+        extend_stride=getattr(theirs, "extend_stride", 18.0),
         dim=decoder.hidden_size, num_heads=decoder.num_attention_heads, num_layers=decoder.num_hidden_layers,
         hidden_scale=decoder.ffn_dim // decoder.hidden_size, n_q=K, card=decoder.vocab_size,
         delays=tuple(k // channels for k in range(min(K, 65))))
@@ -311,8 +315,9 @@ def lm_config_from_transformers(directory) -> Config:
 
 LM_ONLY = {  # where the original's configuration has one of these, it must have this value
     **{f"transformer_lm.{key}": value for key, value in dict(
-        activation="gelu", norm_first=True, norm="layer_norm", bias_ff=False, bias_attn=False, bias_proj=False, causal=True,
-        past_context=None, layer_scale=None, xpos=False, qk_layer_norm=False, qk_layer_norm_cross=False, kv_repeat=1).items()},
+        activation="gelu", norm_first=True, norm="layer_norm", bias_ff=False, bias_attn=False, bias_proj=False,
+        causal=True, past_context=None, layer_scale=None, xpos=False, qk_layer_norm=False, qk_layer_norm_cross=False,
+        kv_repeat=1).items()},
     "codebooks_pattern.delay.flatten_first": 0, "codebooks_pattern.delay.empty_initial": 0,
     "fuser.cross_attention_pos_emb": False, "interleave_stereo_codebooks.per_timestep": False}
 
@@ -325,21 +330,25 @@ def lm_config_from_original(theirs: dict, directory) -> Config:
         if get(path, value) != value:
             raise UserError(f"{directory}: {path} = {get(path)!r} is not supported, only {value!r}")
 
-    def fusion(name):
-        return next((how for how, key in (("prepend", "prepend"), ("cross", "cross"), ("sum", "sum"),
-                                          ("interpolate", "input_interpolate")) if name in (get(f"fuser.{key}", None) or [])), "none")
+    def fusion(name, model, known):
+        ways = {"prepend": "prepend", "cross": "cross", "sum": "sum", "interpolate": "input_interpolate"}
+        found = [way for way, key in ways.items() if name in (get(f"fuser.{key}", None) or [])]
+        return found[0] if found and model == known else "none"
     text, melody = (get(f"conditioners.{name}.model", None) for name in ("description", "self_wav"))
     values = dict(
         channels=get("channels", 1), sample_rate=get("sample_rate"), codec=str(directory),
         segment_duration=float(get("dataset.segment_duration")), null_melody="c",
-        text=fusion("description") if text == "t5" else "none", melody=fusion("self_wav") if melody == "chroma_stem" else "none",
+        text=fusion("description", text, "t5"), melody=fusion("self_wav", melody, "chroma_stem"),
         positional_embedding=get("transformer_lm.positional_embedding", "sin"),
         positional_scale=float(get("transformer_lm.positional_scale", 1.0)),
-        max_period=float(get("transformer_lm.max_period", 10000)), cfg_coef=float(get("classifier_free_guidance.inference_coef", 3.0)),
+        max_period=float(get("transformer_lm.max_period", 10000)),
+        cfg_coef=float(get("classifier_free_guidance.inference_coef", 3.0)),
         pattern=get("codebooks_pattern.modeling"), delays=tuple(get("codebooks_pattern.delay.delays", (0, 1, 2, 3))))
-    values |= {key: get(f"transformer_lm.{key}") for key in ("dim", "num_heads", "num_layers", "hidden_scale", "n_q", "card")}
+    for key in ("dim", "num_heads", "num_layers", "hidden_scale", "n_q", "card"):
+        values[key] = get(f"transformer_lm.{key}")
     if values["pattern"] not in ("delay", "parallel"):
-        raise UserError(f"{directory}: codebooks_pattern.modeling = {values['pattern']!r} is not supported, only delay or parallel")
+        raise UserError(f"{directory}: codebooks_pattern.modeling = {values['pattern']!r} is not supported, only delay "
+                        f"or parallel")
     if text == "t5":
         values["t5"] = get("conditioners.description.t5.name")
     if melody == "chroma_stem":
@@ -357,11 +366,12 @@ def export_transformers(lm: LMModel, codec, directory):
     melody = c.melody == "prepend"
     checks = [("text", c.text, "prepend" if melody else "cross"), ("melody", c.melody, "prepend" if melody else "none"),
               ("positional_embedding", c.positional_embedding, "sin"), ("qk_layer_norm", c.qk_layer_norm, False),
-              ("positional_scale", c.positional_scale, 1.0), ("pattern", c.pattern, "delay"), ("max_period", c.max_period, 10000.0),
-              ("delays", c.delays, tuple(k // c.channels for k in range(c.n_q)))]
+              ("positional_scale", c.positional_scale, 1.0), ("max_period", c.max_period, 10000.0),
+              ("pattern", c.pattern, "delay"), ("delays", c.delays, tuple(k // c.channels for k in range(c.n_q)))]
     for name, value, needed in checks:
         if value != needed:
-            raise UserError(f"transformers has no {name} = {value!r} (only {needed!r}), so this model cannot be exported")
+            raise UserError(f"transformers has no {name} = {value!r} (only {needed!r}), so this model cannot be "
+                            f"exported")
 
     tensors = {}
     ours = lm.state_dict()
@@ -369,9 +379,11 @@ def export_transformers(lm: LMModel, codec, directory):
         tensors |= zip(parts, ours[name].chunk(len(parts)))
     for name, identity in left_out(lm).items():
         if not torch.equal(tensors.pop(name).float().cpu(), identity):
-            raise UserError(f"transformers has no {name.partition('.')[0]} from width {c.dim} to {c.dim}, so this model cannot be exported")
+            raise UserError(f"transformers has no {name.partition('.')[0]} from width {c.dim} to {c.dim}, so this "
+                            f"model cannot be exported")
     t5 = lm.conditioner.text.encoder()
-    tensors |= {f"text_encoder.{name}": t for name, t in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    tensors |= {f"text_encoder.{name}": tensor for name, tensor in t5.state_dict().items()
+                if name != "encoder.embed_tokens.weight"}
     with tempfile.TemporaryDirectory() as temporary:
         export_codec(codec, temporary)
         audio_encoder = read_json(Path(temporary) / "config.json")
@@ -384,13 +396,15 @@ def export_transformers(lm: LMModel, codec, directory):
         num_codebooks=c.n_q, audio_channels=c.channels, activation_function="gelu", scale_embedding=False, dropout=0.0,
         max_position_embeddings=2048, pad_token_id=c.card, bos_token_id=c.card, tie_word_embeddings=False)
     kind = "MusicgenMelody" if melody else "Musicgen"
-    config = dict(model_type="musicgen_melody" if melody else "musicgen", architectures=[f"{kind}ForConditionalGeneration"],
-                  text_encoder=t5.config.to_dict(), audio_encoder=audio_encoder, decoder=decoder,
-                  segment_duration=c.segment_duration, extend_stride=c.extend_stride)  # theirs has none: for our own reader
+    config = dict(
+        model_type="musicgen_melody" if melody else "musicgen", architectures=[f"{kind}ForConditionalGeneration"],
+        text_encoder=t5.config.to_dict(), audio_encoder=audio_encoder, decoder=decoder,
+        segment_duration=c.segment_duration, extend_stride=c.extend_stride)     # theirs has none: for our own reader
     special = dict(pad_token_id=c.card, bos_token_id=c.card, decoder_start_token_id=c.card)
     generation = dict(do_sample=True, guidance_scale=c.cfg_coef, top_k=c.top_k, temperature=c.temperature,
                       max_length=round(c.segment_duration * c.sample_rate / c.stride), **special)
-    features = dict(feature_extractor_type="EncodecFeatureExtractor", sampling_rate=c.sample_rate, feature_size=c.channels)
+    features = dict(
+        feature_extractor_type="EncodecFeatureExtractor", sampling_rate=c.sample_rate, feature_size=c.channels)
     if melody:
         config |= dict(num_chroma=c.n_chroma, chroma_length=c.chroma_frames)
         features = dict(

@@ -45,7 +45,8 @@ class QuickLinear(nn.Module):
         weight, scale = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype), None)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        self.many = torch.bfloat16 if dtype != torch.float32 and has_bfloat16() else torch.float32    # of products of many rows
+        # of products of many rows
+        self.many = torch.bfloat16 if dtype != torch.float32 and has_bfloat16() else torch.float32
 
     def forward(self, x, rows=None):
         weight, scale = self.weight, self.scale
@@ -59,10 +60,12 @@ class QuickLinear(nn.Module):
         if few and kernels():
             x = x.contiguous()
             y = x.new_empty(*x.shape[:-1], R)
-            kernels().product(KINDS[weight.dtype], *places(weight, scale, x, None, None), 0, None, *places(y), R, C, x.numel() // C)
+            kernels().product(
+                KINDS[weight.dtype], *places(weight, scale, x, None, None), 0, None, *places(y), R, C, x.numel() // C)
             return y
         if few and weight.dtype == torch.int8:
-            return torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale.bfloat16()).view(*x.shape[:-1], R).float()
+            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale.bfloat16())
+            return y.view(*x.shape[:-1], R).float()
         if few and weight.dtype == torch.float32:
             return (weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], R)
         y = product(x.to(self.many), weight.to(self.many)).float()
@@ -95,8 +98,9 @@ class QuickCache(Cache):
                 if n in self.cross:
                     self.cross[n] = tuple(t.contiguous() for t in self.cross[n])
                     P = self.cross[n][0].shape[2]
-                    row.append(places(layer.norm_cross.weight, layer.norm_cross.bias, layer.cross.qkv.weight, layer.cross.qkv.scale,
-                                      layer.cross.out.weight, layer.cross.out.scale, *self.cross[n]))
+                    norm, qkv, out = layer.norm_cross, layer.cross.qkv, layer.cross.out
+                    row.append(places(norm.weight, norm.bias, qkv.weight, qkv.scale, out.weight, out.scale,
+                                      *self.cross[n]))
                 self.table.append(sum(row, []))
             self.table = torch.tensor([[place or 0 for place in row + [0] * (24 - len(row))] for row in self.table])
             if conditions.cross_mask is not None and P:
@@ -105,7 +109,8 @@ class QuickCache(Cache):
             self.P = P
         x = x.clone(memory_format=torch.contiguous_format)
         kernels().decode(
-            KINDS[self.k.dtype], *places(self.table), len(layers), *places(x, self.hidden, self.cross_hidden, self.scores),
+            KINDS[self.k.dtype], *places(self.table), len(layers),
+            *places(x, self.hidden, self.cross_hidden, self.scores),
             B, H, self.length + 1, room, E, len(layers[0].ff1.weight), self.P)
         return x
 
@@ -123,7 +128,8 @@ class QuickCache(Cache):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty_like(q)
         kernels().attend(
-            KINDS[self.k.dtype], *places(q, k, v), H * E, *places(self.k[n], self.k_scale[n], self.v[n], self.v_scale[n]),
+            KINDS[self.k.dtype], *places(q, k, v), H * E,
+            *places(self.k[n], self.k_scale[n], self.v[n], self.v_scale[n]),
             *places(self.hidden, self.scores, out), B, H, start + 1, self.room, E)
         return out
 
@@ -169,12 +175,14 @@ def kernels():
 
     def build(temporary):
         # in two steps: linked with -Ofast, a library makes the whole process flush small numbers to zero
-        compiler, flags = shutil.which("cc") or "gcc", ["-march=native", "-fopenmp", "-fPIC"]
-        for command in (["-Ofast", *flags, "-c", source, "-o", f"{temporary}.o"], [*flags, "-shared", f"{temporary}.o", "-o", temporary, "-lm"]):
-            subprocess.run([compiler, *map(str, command)], check=True, capture_output=True, timeout=60)
-        Path(f"{temporary}.o").unlink()
+        compiler, compiled = shutil.which("cc") or "gcc", f"{temporary}.o"
+        for work in (["-Ofast", "-c", source, "-o", compiled], ["-shared", compiled, "-o", temporary, "-lm"]):
+            command = [compiler, "-march=native", "-fopenmp", "-fPIC", *map(str, work)]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+        Path(compiled).unlink()
     try:
-        processor = re.search("flags.*", info.read_text())[0] if platform.machine() == "x86_64" and info.is_file() else platform.platform()
+        known = platform.machine() == "x86_64" and info.is_file()
+        processor = re.search("flags.*", info.read_text())[0] if known else platform.platform()
         name = hashlib.sha256(source.read_bytes() + processor.encode()).hexdigest()[:16] + ".so"
         path = Path.home() / ".cache" / "nanomusicgen" / name
         if not path.is_file():
@@ -275,7 +283,7 @@ class Product(torch.autograd.Function):
 
 
 class GeluProduct(torch.autograd.Function):
-    """x (B, S, in), weight (out, in) -> gelu(x) W^T, where the backward pass makes gelu(x) anew instead of keeping it."""
+    """x (B, S, in), weight (out, in) -> gelu(x) W^T; the backward pass makes gelu(x) anew instead of keeping it."""
 
     @staticmethod
     def forward(ctx, x, weight):

@@ -17,10 +17,11 @@ from checkpoints.formats import read_config
 from config import Config, UserError
 from encodec import EncodecModel
 
+# what a tuned model keeps of the one it is made from
 ARCHITECTURE = """channels sample_rate codec n_filters ratios dimension lstm n_residual_layers kernel_size
     last_kernel_size residual_kernel_size dilation_base compress causal pad_mode true_skip norm n_q card melody
-    n_chroma radix2_exp argmax chroma_length null_melody text t5 t5_finetune t5_words t5_dim t5_layers t5_heads dim num_heads
-    num_layers hidden_scale positional_embedding positional_scale max_period qk_layer_norm pattern delays
+    n_chroma radix2_exp argmax chroma_length null_melody text t5 t5_finetune t5_words t5_dim t5_layers t5_heads dim
+    num_heads num_layers hidden_scale positional_embedding positional_scale max_period qk_layer_norm pattern delays
     melody_delay""".split()
 
 

@@ -35,7 +35,7 @@ drop_other_p = 0.5
 cfg_dropout = 0.2
 cfg_coef = 3.0
 
-# language model: pre-norm, GELU, no biases, truncated-normal start with depth-scaled ("current") std (lm.py has no other)
+# language model: pre-norm, GELU, no biases, truncated-normal start with depth-scaled ("current") std, as lm.py has it
 dim = 1536
 num_heads = 24
 num_layers = 48

@@ -25,11 +25,11 @@ melody_dropout = 0.5           # these play from text alone: tempo is learnt fro
 n_eval_wavs = 100
 
 t5 = "words"                   # read from bytes, the text tells next to nothing for the first thousand updates
-t5_words = ("flute violin fiddle guitar acoustic plucked organ pipe church clarinet trumpet bell glockenspiel chime piano "
-            "synth synthesizer lead drums drum bass no without unaccompanied alone solo slow gentle unhurried leisurely "
-            "medium moderate mid walking fast lively quick brisk calm peaceful sad melancholic warm friendly thoughtful "
-            "serious happy cheerful restless energetic major minor folk classical hymn carol 73 74 75 76 77 97 98 99 "
-            "100 101 102 103 146 147 148 149 150 151 152 153 154")
+t5_words = ("flute violin fiddle guitar acoustic plucked organ pipe church clarinet trumpet bell glockenspiel chime "
+            "piano synth synthesizer lead drums drum bass no without unaccompanied alone solo slow gentle unhurried "
+            "leisurely medium moderate mid walking fast lively quick brisk calm peaceful sad melancholic warm friendly "
+            "thoughtful serious happy cheerful restless energetic major minor folk classical hymn carol 73 74 75 76 77 "
+            "97 98 99 100 101 102 103 146 147 148 149 150 151 152 153 154")
 t5_dim = 128
 t5_layers = 2
 t5_heads = 4

@@ -211,7 +211,7 @@ def otherwise(truth: dict, what: str) -> dict:
 
 @torch.no_grad()
 def surprise(lm, codes, texts: list[str], hide: bool) -> float:
-    """Nats that a clip's codes (B, K, T) cost a model that knows its text alone, all together; `hide`: not what has sounded."""
+    """Nats that all codes (B, K, T) of a clip cost a model that knows its text alone; `hide`: not what has sounded."""
     T, total = codes.shape[2], 0.0
     for part, said in zip(codes.split(BATCH), (texts[n:n + BATCH] for n in range(0, len(texts), BATCH))):
         sequence, _ = lm.pattern.build(part, lm.special, keep_only_valid_steps=True)
@@ -275,7 +275,8 @@ def obedience(model, split: str, count: int) -> dict:
     torch.manual_seed(config.seed)
     judges = train_judges(config, codec)
     for name, wavs in (("real clips", real), ("reconstructions", through(codec, real))):
-        figures |= {f"{key} of {name}": value for key, value in right(judges, wavs.cpu(), truths).items() if key != "each"}
+        heard = right(judges, wavs.cpu(), truths)
+        figures |= {f"{key} of {name}": value for key, value in heard.items() if key != "each"}
 
     with_melody, asked = play(texts, melodies)
     heard = melody_of(config, with_melody)

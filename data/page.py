@@ -78,8 +78,9 @@ def player(wav, sample_rate: int, pictures: list, name: str) -> str:
     buffer = io.BytesIO()
     soundfile.write(buffer, wav.T.numpy().clip(-1, 1), sample_rate, format="FLAC", subtype="PCM_16")
     source = uri("audio/flac", buffer.getvalue())
-    return (f'<div class="player"><div class="bar"><audio controls preload="auto" src="{source}"></audio>'
-            f'<a download="{html.escape(name, quote=True)}.flac" href="{source}">save</a></div>{"".join(pictures)}</div>')
+    save = f'<a download="{html.escape(name, quote=True)}.flac" href="{source}">save</a>'
+    bar = f'<div class="bar"><audio controls preload="auto" src="{source}"></audio>{save}</div>'
+    return f'<div class="player">{bar}{"".join(pictures)}</div>'
 
 
 def melody_card(path: Path, wav, chroma, sample_rate: int) -> str:
@@ -96,7 +97,8 @@ def result_card(told: dict, wav, asked, heard, sample_rate: int, name: str) -> s
         share = 100 * chroma_agreement(heard[:M], asked[:M])
         facts += [f"melody {Path(told['melody']).name}", f"followed in {share:.0f} % of the frames"]
         pictures.append(picture(asked.T.flip(0), NOTES, "melody asked for"))
-    pictures.append(picture(heard.T.flip(0), NOTES, "chromagram of the music" + (", melody stem" if asked is not None else "")))
+    stem = ", melody stem" if asked is not None else ""
+    pictures.append(picture(heard.T.flip(0), NOTES, "chromagram of the music" + stem))
     text = f"“{told['text']}”" if told.get("text") else "no text"
     return (f'<section><h2>{html.escape(text)}</h2><p>{html.escape(" · ".join(facts))}</p>'
             f'{player(wav, sample_rate, pictures, name)}<pre>{html.escape(told.get("command", ""))}</pre></section>')
@@ -113,7 +115,8 @@ h1 { margin: 0; font-size: 1.7rem } h2 { margin: 0; font-size: 1.15rem; font-wei
 p { margin: .2rem 0 0; color: var(--faint); font-size: .9rem }
 section { margin-top: 1.4rem; padding: 1.2rem 1.3rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 12px }
-.bar { display: flex; gap: .9rem; align-items: center; margin: .8rem 0 .3rem } audio { flex: 1; min-width: 0; height: 40px }
+.bar { display: flex; gap: .9rem; align-items: center; margin: .8rem 0 .3rem }
+audio { flex: 1; min-width: 0; height: 40px }
 a { color: var(--accent) } figure { margin: .7rem 0 0 } figcaption { font-size: .78rem; color: var(--faint) }
 .seek { position: relative; margin-top: .2rem; cursor: pointer; border-radius: 6px; overflow: hidden; line-height: 0 }
 .seek img { width: 100%; height: 150px } .seek.sharp img { height: 84px; image-rendering: pixelated }
@@ -160,7 +163,8 @@ def write_page(path, outs, command: str = ""):
             for key in ("text", "melody", "stem", "command"):
                 assert isinstance(told.get(key, ""), str), f"its {key} is no text"
         rate, stem = config.sample_rate, told.get("stem") or config.stem
-        extract = {argmax: ChromaExtractor(rate, config.n_chroma, config.radix2_exp, argmax) for argmax in (False, True)}
+        extract = {argmax: ChromaExtractor(rate, config.n_chroma, config.radix2_exp, argmax)
+                   for argmax in (False, True)}
         wav, asked = read_audio(out, rate, config.channels), None                       # (C, L)
         M = extract[True].frames(wav.shape[1])
         if told.get("melody"):
@@ -174,7 +178,8 @@ def write_page(path, outs, command: str = ""):
     cards = [melody_card(Path(key[0]), *value) for key, value in melodies.items()]
     rows = {"checkpoint": told.get("checkpoint", ""), "duration": f"{told.get('duration')} s", **settings,
             "torch": told.get("torch", "")}
-    table = "".join(f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(x))}</td></tr>" for name, x in rows.items())
+    table = "".join(f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(x))}</td></tr>"
+                    for name, x in rows.items())
     again = f"<pre>{html.escape(command)}</pre>" if command else ""
     made = f"<section><h2>How it was made</h2><table>{table}</table>{again}</section>"
     count = f"{len(results)} piece{'s' * (len(results) > 1)} of music"

@@ -408,7 +408,8 @@ def check_settings(out: Path, settings: dict):
     path = out / "settings.json"
     if not path.exists():
         if (out / "index.json").exists():
-            raise UserError(f"{out}: has an index.json, but not the settings.json it was made with; choose another --out")
+            raise UserError(f"{out}: has an index.json, but not the settings.json it was made with; choose another "
+                            f"--out")
         write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
     try:
         before = parse_object(read_text(path))

@@ -169,8 +169,8 @@ class TokenSegments:
             classes = all_chroma[places].astype(np.int64)
             chroma[torch.arange(len(chroma)), torch.from_numpy(classes % config.n_chroma)] = 1.0
         if codes.max() >= config.card or has_melody and classes.max() >= config.n_chroma:
-            raise UserError(f"{config.data_dir}: {where} has codes beyond card = {config.card}, or pitch classes beyond "
-                            f"{config.n_chroma}; the shard is damaged, prepare it again")
+            raise UserError(f"{config.data_dir}: {where} has codes beyond card = {config.card}, or pitch classes "
+                            f"beyond {config.n_chroma}; the shard is damaged, prepare it again")
         if rng is not None:
             text = word_dropout(augment_description(track["meta"], config, rng), config.word_dropout, rng)
             text, has_melody = drop_conditions(text, has_melody, config, rng)
