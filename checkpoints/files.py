@@ -98,8 +98,8 @@ def read_original(path) -> tuple[dict, dict]:
     value = read_pickle(path)
     if "pretrained" in value:
         return {}, {"pretrained": str(value["pretrained"])}
-    import yaml
     with blaming(f"{path}: needs best_state and a YAML xp.cfg"):
+        import yaml
         config, state = yaml.safe_load(value["xp.cfg"]), value["best_state"]
         state = state.get("model", state)
         assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values()), "not so"

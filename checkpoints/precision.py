@@ -269,39 +269,30 @@ def product(x, weight):
 
 
 class Product(torch.autograd.Function):
-    """`product` with its gradients."""
+    """x (..., in), weight (out, in) -> f(x) W^T by `product`, in training. f is gelu, or nothing.
+
+    The backward pass makes gelu(x) anew, instead of the forward pass keeping it."""
 
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return product(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return product(grad, weight.T), product(grad.flatten(0, -2).T, x.flatten(0, -2).T)
-
-
-class GeluProduct(torch.autograd.Function):
-    """x (B, S, in), weight (out, in) -> gelu(x) W^T; the backward pass makes gelu(x) anew instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, gelu=False):
         weight = weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
-        return product(F.gelu(x), weight)
+        ctx.gelu = gelu
+        return product(F.gelu(x) if gelu else x, weight)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return (torch.ops.aten.gelu_backward(product(grad, weight.T), x),
-                product(grad.flatten(0, 1).T, F.gelu(x).flatten(0, 1).T))
+        to_x = product(grad, weight.T)
+        if ctx.gelu:
+            to_x, x = torch.ops.aten.gelu_backward(to_x, x), F.gelu(x)
+        return to_x, product(grad.flatten(0, -2).T, x.flatten(0, -2).T), None
 
 
 def quicken_training(lm: LMModel, dtype: str):
     """Lets the layers of a model that is trained on the CPU in "float32" or "bfloat16" work as above."""
     for layer in lm.layers:
-        layer.feed = lambda x, layer=layer: GeluProduct.apply(layer.ff1(x), layer.ff2.weight)
+        layer.feed = lambda x, layer=layer: Product.apply(layer.ff1(x), layer.ff2.weight, True)
         if dtype == "bfloat16":
             layer.attn.attend = lambda q, k, v: BlockAttention.apply(q.bfloat16(), k.bfloat16(), v.bfloat16())
     for module in lm.modules() if dtype == "float32" else ():
