@@ -552,7 +552,7 @@ def open_run(out: Path, task, first: int):
             old, new = dataclasses.asdict(Config.from_json(out / "config.json")), dataclasses.asdict(config)
             for key in (key for key in new if old[key] != new[key]):
                 print(f"continuing with {key} = {new[key]!r}, was {old[key]!r}", file=sys.stderr)
-        for leftover in out.glob(".writing-*"):  # of a process that was killed while it wrote
+        for leftover in out.rglob(".writing-*"):  # of a process that was killed while it wrote
             leftover.unlink()
         metrics = out / "metrics.jsonl"
         lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []

@@ -264,6 +264,16 @@ def test_many_kills(world, tmp_path, what):  # noqa: F811
         (kill_preparing if what == "prepare" else kill_sampling)(world, tmp_path, 14)
 
 
+def test_what_was_being_written_when_a_run_was_killed_is_gone_when_it_goes_on(world, tmp_path):  # noqa: F811
+    argv = flags(TRAIN, data_dir=world / "tokens", codec=world / "codec", out_dir=tmp_path / "run")
+    worked(forked(train.main, *argv, "--updates_per_epoch=1"))
+    for folder in ("", "codec", "samples"):     # wherever a run writes
+        (tmp_path / "run" / folder).mkdir(exist_ok=True)
+        (tmp_path / "run" / folder / ".writing-abc.json").write_bytes(b"half")
+    worked(forked(train.main, *argv, "--updates_per_epoch=2", "--resume"))
+    assert not leftovers(tmp_path / "run")
+
+
 # --- a process of several is lost ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -195,7 +195,7 @@ def test_asking_for_codebooks_that_are_not_there(n_q):
 # --- two processes -----------------------------------------------------------------------------------------
 
 TRAIN = """
-import sys, torch
+import os, sys, torch
 import torch.distributed as dist
 from rvq import ResidualVectorQuantizer
 rank, world, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -211,8 +211,7 @@ for batch in batches:
     quantizer(batch.chunk(world)[rank])
 if rank == 0:
     torch.save(quantizer.state_dict(), out)
-if world > 1:
-    dist.destroy_process_group()
+os._exit(0)  # two that left their meeting in order would, in torch 2.6, wait at times for its file, which one has deleted
 """
 
 
