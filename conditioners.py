@@ -250,9 +250,9 @@ class Conditioners(nn.Module):
             weight = self.melody.proj.weight
             if chroma is None:
                 chroma = weight.new_zeros(len(texts), self.config.chroma_frames, self.config.n_chroma)
-                has_melody = torch.zeros(len(texts), dtype=torch.bool)
+                has_melody = weight.new_zeros(len(texts), dtype=torch.bool)
             if has_melody is None:
-                has_melody = torch.ones(len(chroma), dtype=torch.bool)
+                has_melody = weight.new_ones(len(chroma), dtype=torch.bool)
             chroma, has_melody = chroma.to(weight), has_melody.to(weight.device)
             if guidance:
                 chroma, has_melody = torch.cat([chroma, chroma]), torch.cat([has_melody, torch.zeros_like(has_melody)])

@@ -280,7 +280,7 @@ class LMModel(nn.Module):
         forgets = None
         if self.training and self.config.history_dropout:
             # a melody tells the tempo by itself: words about it are learnt from the items that have none
-            told = torch.full((B,), chroma is not None) if has_melody is None else has_melody
+            told = codes.new_full((B,), chroma is not None, dtype=torch.bool) if has_melody is None else has_melody
             forgets = self.config.history_dropout * torch.where(told.to(codes.device), 0.5, 1.0)
         logits, mask = self.compute_predictions(codes, conditions, forgets=forgets)     # (B, K, T, V), (K, T)
         weight = 1.0

@@ -431,8 +431,8 @@ def read_codes(path, config) -> torch.Tensor:
             codes = torch.from_numpy(file["codes"].astype(np.int64))
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise UserError(f"--continue_from {path}: not a file of --save_codes ({str(error)[:100]})") from None
-    fits = codes.dim() == 2 and len(codes) == config.n_q and codes.numel()
-    if not fits or not 0 <= codes.min() <= codes.max() < config.card:
+    shaped = codes.dim() == 2 and len(codes) == config.n_q and codes.numel() > 0
+    if not (shaped and 0 <= codes.min() <= codes.max() < config.card):
         raise UserError(f"--continue_from {path}: codes {tuple(codes.shape)} are not {config.n_q} codebooks of "
                         f"{config.card} entries")
     return codes[None]

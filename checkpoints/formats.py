@@ -234,7 +234,7 @@ def load_lm(name_or_dir, dtype=None) -> LMModel:
         lm = LMModel(config)
     shapes = {name: value.shape for name, value in lm.state_dict().items()}
     int8 = set()
-    if dtype == torch.int8:     # the projections; the rest
+    if dtype == torch.int8:     # is for the projections alone
         int8 = {f"{name}.weight" for name, module in lm.named_modules() if isinstance(module, Projection)}
         dtype = torch.float32
     if origin == "ours":
@@ -330,15 +330,15 @@ def lm_config_from_original(theirs: dict, directory) -> Config:
         if get(path, value) != value:
             raise UserError(f"{directory}: {path} = {get(path)!r} is not supported, only {value!r}")
 
-    def fusion(name, model, known):
+    def fusion(name):
         ways = {"prepend": "prepend", "cross": "cross", "sum": "sum", "interpolate": "input_interpolate"}
-        found = [way for way, key in ways.items() if name in (get(f"fuser.{key}", None) or [])]
-        return found[0] if found and model == known else "none"
+        return next((way for way, key in ways.items() if name in (get(f"fuser.{key}", None) or [])), "none")
     text, melody = (get(f"conditioners.{name}.model", None) for name in ("description", "self_wav"))
     values = dict(
         channels=get("channels", 1), sample_rate=get("sample_rate"), codec=str(directory),
         segment_duration=float(get("dataset.segment_duration")), null_melody="c",
-        text=fusion("description", text, "t5"), melody=fusion("self_wav", melody, "chroma_stem"),
+        text=fusion("description") if text == "t5" else "none",
+        melody=fusion("self_wav") if melody == "chroma_stem" else "none",
         positional_embedding=get("transformer_lm.positional_embedding", "sin"),
         positional_scale=float(get("transformer_lm.positional_scale", 1.0)),
         max_period=float(get("transformer_lm.max_period", 10000)),

@@ -275,8 +275,8 @@ def obedience(model, split: str, count: int) -> dict:
     torch.manual_seed(config.seed)
     judges = train_judges(config, codec)
     for name, wavs in (("real clips", real), ("reconstructions", through(codec, real))):
-        heard = right(judges, wavs.cpu(), truths)
-        figures |= {f"{key} of {name}": value for key, value in heard.items() if key != "each"}
+        judged = right(judges, wavs.cpu(), truths)
+        figures |= {f"{key} of {name}": value for key, value in judged.items() if key != "each"}
 
     with_melody, asked = play(texts, melodies)
     heard = melody_of(config, with_melody)
