@@ -1,4 +1,4 @@
-"""Conditioners: what the model is told about the music, as vectors it can attend to (MusicGen 2.3).
+"""Conditioners: text and melody as vectors that the language model can attend to (MusicGen 2.3).
 
     "a slow flute tune" --T5--> (B, P, 768) --linear--> (B, P, D)  text,   0 where there is none
     melody.wav -------chroma--> (B, M, 12)  --linear--> (B, M, D)  melody, `null_melody` where there is none
@@ -7,14 +7,14 @@ and how the two enter the language model (`Conditions`):
 
     prepend      [ melody frames | text tokens | music ... ]    the melody model: one sequence, attended to
     cross        music attends to the tokens in a second attention of every layer: the text model
-    sum          the mean over the frames is added to every step of the music
-    interpolate  the frames are stretched to the length of the music and added step by step
+    sum          the mean over the frames is added to every column of the music
+    interpolate  the frames are stretched to the length of the music and added column by column
 
-    python conditioners.py          # shows the prefix of a batch, what is null in it, and the text augmentation
+    python conditioners.py          # the prefix of a batch, and what is null in it
 
-In training, conditions are dropped at random so that the model also learns to play without them, which is
-what classifier-free guidance needs. All those draws are pure functions of a random generator at the end of
-this file, one item at a time (the original draws once for a whole batch), and never happen in evaluation.
+An item's conditions are one dict, {"text": a string or None, "melody": chroma (M, Q) or None}, and those of a
+batch are a dict of lists. In training, conditions are dropped at random (data/segments.py), so that the model
+also learns to play without them: classifier-free guidance needs that.
 """
 import re
 from typing import NamedTuple
@@ -23,47 +23,68 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import Config, UserError, read_json
-
-SMALL = ("bytes", "words")      # T5s of our own, trained along
-T5_WIDTHS = {"t5-small": 512, "t5-base": 768, "t5-large": 1024, "google/flan-t5-base": 768}  # no download to know
+from checkpoints.t5 import SMALL_T5, T5_WIDTHS, load_t5, load_tokenizer, small_t5, t5_config
+from config import Config
 
 
 class Conditions(NamedTuple):
     """What the language model is given: frames in front, frames to attend to, frames to add. Any may be None.
 
-    A mask says which frames an item has: in a batch, shorter texts are padded, and padding is neither attended
-    to nor counted in positions, so that a batch never changes an item. None: every item has every frame.
+    A mask says which frames an item has: in a batch, shorter texts are padded. Padding is neither attended to
+    nor counted in positions, so that a batch never changes an item.
     """
     prefix: torch.Tensor | None = None        # (B, P, D)
     prefix_mask: torch.Tensor | None = None   # (B, P) bool
-    prefix_time: torch.Tensor | None = None   # (P,) time of each frame in steps of the music, for rotary positions
+    prefix_time: torch.Tensor | None = None   # (P,) in columns of the music, for rotary positions
     cross: torch.Tensor | None = None         # (B, P', D)
     cross_mask: torch.Tensor | None = None    # (B, P') bool
     added: torch.Tensor | None = None         # (B, S, D) or (B, 1, D)
 
     @property
-    def batch(self) -> int:
-        return next((x.shape[0] for x in (self.prefix, self.cross, self.added) if x is not None), 1)
+    def batch(self):
+        """B, or 1 where there is no condition."""
+        for frames in (self.prefix, self.cross, self.added):
+            if frames is not None:
+                return len(frames)
+        return 1
+
+    @property
+    def prefix_length(self):
+        """P"""
+        return 0 if self.prefix is None else self.prefix.shape[1]
+
+    def added_to(self, start, S):
+        """The frames that are added to the columns start ... start + S."""
+        if self.added.shape[1] == 1:
+            return self.added
+        return self.added[:, start:start + S]
 
 
-# --- text ------------------------------------------------------------------------------------------------
+class Frames(NamedTuple):
+    """One condition of a batch, on its way into Conditions."""
+    values: torch.Tensor        # (B, n, D)
+    mask: torch.Tensor          # (B, n) bool: the frames that an item has
+    time: torch.Tensor          # (n,) in columns of the music
+
+
+# --- text -------------------------------------------------------------------------------------------------
 
 class T5Conditioner(nn.Module):
     """Text -> frames of the language model's width: T5's encoder, then a linear layer.
 
-    T5 itself comes from transformers. Frozen, it is no part of this module's parameters or state (its name in
-    the configuration is enough); with `t5_finetune`, or as a small T5 of our own, it is trained along. Those read
-    "bytes", or "words": those of `t5_words`, every other one as the same unknown word.
+    T5 itself comes from transformers. Frozen, it is no part of this module's parameters or state: its name in
+    the configuration is enough. With `t5_finetune`, or as a small T5 of our own, it is trained along. A T5 of
+    our own reads "bytes", or "words": those of `t5_words`, with one token for all others.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
-        self.name, self.trained = config.t5, config.t5_finetune or config.t5 in SMALL
+        self.name = config.t5
+        self.trained = config.t5_finetune or config.t5 in SMALL_T5
         self.words = {word: n for n, word in enumerate(config.t5_words.split(), start=3)}
         self.frozen = []            # [T5] once loaded: a list hides it from parameters() and state_dict()
         self._tokenizer = None
-        if config.t5 in SMALL:
+        if config.t5 in SMALL_T5:
             self.t5 = small_t5(config)
             width = config.t5_dim
         elif self.trained:
@@ -73,31 +94,40 @@ class T5Conditioner(nn.Module):
             width = T5_WIDTHS.get(config.t5) or t5_config(config.t5).d_model
         self.proj = nn.Linear(width, config.dim)
 
-    def encoder(self) -> nn.Module:
+    def encoder(self):
         """The T5 encoder on the device of the projection; a frozen one is loaded when first needed."""
         if self.trained:
             return self.t5
         if not self.frozen:
-            self.frozen.append(load_t5(self.name).eval().requires_grad_(False))
-        if self.frozen[0].device != self.proj.weight.device:
-            self.frozen[0].to(self.proj.weight.device)
-        return self.frozen[0]
+            t5 = load_t5(self.name).eval()
+            self.frozen.append(t5.requires_grad_(False))
+        t5, device = self.frozen[0], self.proj.weight.device
+        if t5.device != device:
+            t5.to(device)
+        return t5
 
-    def tokenize(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokenize(self, texts):
         """Texts -> token ids (B, P) and their mask (B, P) bool, right-padded, an end token closing each."""
-        if self.name in SMALL:      # 0 padding, 1 end; byte + 3, as ByT5; or 2 an unknown word, 3 the first known one
-            if self.name == "bytes":
-                ids = [[byte + 3 for byte in text.encode()] for text in texts]
-            else:
-                words = [re.findall(r"\w+|[^\w\s]+", text.lower()) for text in texts]
-                ids = [[self.words.get(word, 2) for word in row] for row in words]
-            ids = [row[:511] + [1] for row in ids]
-            longest = max(map(len, ids))
-            ids = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-            return ids, ids != 0
+        if self.name in SMALL_T5:
+            return self.tokenize_small(texts)
         # 512 tokens is what T5 was trained on; a text of 4,000 words is cut, not refused
-        inputs = self.tokenizer()(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
+        tokenizer = self.tokenizer()
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
         return inputs["input_ids"], inputs["attention_mask"].bool()
+
+    def tokenize_small(self, texts):
+        """For a T5 of our own: 0 padding, 1 end; byte + 3 as ByT5, or 2 an unknown word, 3 the first one."""
+        rows = []
+        for text in texts:
+            if self.name == "bytes":
+                ids = [byte + 3 for byte in text.encode()]
+            else:
+                words = re.findall(r"\w+|[^\w\s]+", text.lower())
+                ids = [self.words.get(word, 2) for word in words]
+            ids = ids[:511] + [1]
+            rows.append(torch.tensor(ids))
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return padded, padded != 0
 
     def tokenizer(self):
         """The tokenizer of transformers, loaded when first needed."""
@@ -105,257 +135,170 @@ class T5Conditioner(nn.Module):
             self._tokenizer = load_tokenizer(self.name, self.words)
         return self._tokenizer
 
-    def forward(self, texts: list[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Descriptions -> frames (B, P, D) and the mask (B, P) of the frames each item has.
+    def forward(self, texts):
+        """B descriptions -> frames (B, P, D), and the mask (B, P) of the tokens that each item has.
 
-        A missing, empty or wholly dropped text is one frame of zeros: the end token of "", masked (as the
-        original, where it is padded to the longest text of the batch by further zeros).
+        A missing, empty or wholly dropped text is one frame of zeros: the end token of "". (Audiocraft
+        pads it to the longest text of the batch with further zeros.)
         """
         device = self.proj.weight.device
         # a command line may hold bytes that are not UTF-8, which no tokenizer takes
-        ids, mask = self.tokenize([(text or "").encode(errors="replace").decode() for text in texts])  # (B, P)
+        texts = [(text or "").encode(errors="replace").decode() for text in texts]
+        ids, mask = self.tokenize(texts)                                    # (B, P)
         ids, mask = ids.to(device), mask.to(device)
-        given = torch.tensor([bool(text) for text in texts]).to(device)[:, None]       # (B, 1)
-        # T5 stays in float32: its feed-forward leaves the range of float16. A text that is not given is run over its
-        # end token all the same: a row without any token would give NaN.
+        given = torch.tensor([bool(text) for text in texts])
+        given = given.to(device)[:, None]                                   # (B, 1)
+        # T5 stays in float32: its feed-forward leaves the range of float16. A missing text still has its end
+        # token: a row without any token would give NaN.
         learns = self.trained and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns), torch.autocast(device.type, enabled=False):
-            hidden = self.encoder()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        frames = self.proj(hidden.to(self.proj.weight.dtype))                          # (B, P, D)
-        return frames * (mask & given)[..., None].to(frames.dtype), mask
+            output = self.encoder()(input_ids=ids, attention_mask=mask.long())
+        hidden = output.last_hidden_state.to(self.proj.weight.dtype)
+        frames = self.proj(hidden)                                          # (B, P, D)
+        frames = frames * (mask & given)[..., None].to(frames.dtype)
+        time = -1.0 - torch.arange(ids.shape[1], device=device)             # before the music
+        return Frames(frames, mask, time)
 
 
-def new_t5(config) -> nn.Module:
-    """T5's encoder with random weights, of a T5Config."""
-    with torch.device("cpu"):  # where "meta" is the default, torch 2.6 fails at what transformers imports of it
-        from transformers import T5EncoderModel
-    t5 = T5EncoderModel(config)
-    t5.set_input_embeddings(t5.shared)      # one module under two names: it stays one whatever is loaded into it
-    return t5
-
-
-def small_t5(config: Config) -> nn.Module:
-    """A small T5 encoder over bytes or words with random weights; needs no files and no network."""
-    from transformers import T5Config
-    return new_t5(T5Config(
-        vocab_size=3 + (256 if config.t5 == "bytes" else len(config.t5_words.split())),
-        d_model=config.t5_dim, d_kv=config.t5_dim // config.t5_heads, d_ff=4 * config.t5_dim,
-        num_layers=config.t5_layers, num_heads=config.t5_heads, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False))
-
-
-def t5_config(name: str):
-    """The T5Config of a hub id, a directory, or of the text encoder inside a MusicGen directory."""
-    from transformers import AutoConfig
-    from checkpoints.files import open_checkpoint
-    try:
-        config = AutoConfig.from_pretrained(open_checkpoint(name), trust_remote_code=False)
-        config = getattr(config, "text_encoder", config)
-        assert config.model_type == "t5" and config.num_layers <= 1000, f"a {config.model_type}"
-        return config
-    except UserError:
-        raise
-    except Exception as error:  # transformers has errors of all kinds
-        raise UserError(f"{name}: holds no T5 to read texts with ({' '.join(str(error).split())[:150]})") from None
-
-
-def load_t5(name: str) -> nn.Module:
-    """T5's encoder from a hub id, a directory, or a MusicGen directory in transformers' format."""
-    from checkpoints.files import load_strict, open_checkpoint, read_tensors
-    config = t5_config(name)
-    with torch.device("meta"):
-        t5 = new_t5(config)
-    directory = open_checkpoint(name)
-    prefix = "text_encoder." if "text_encoder" in read_json(directory / "config.json") else ""
-    tensors = {key: value for key, value in read_tensors(directory, prefix, torch.float32)
-               if key.startswith(("shared.", "encoder."))}
-    if "shared.weight" in tensors:      # one table under two names
-        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
-    load_strict(t5, tensors, f"T5 in {name}")
-    return t5
-
-
-def load_tokenizer(name: str, words: dict):
-    """The tokenizer of a hub id or directory; for "bytes" and "words" one that makes the ids that `tokenize` makes."""
-    from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
-    from checkpoints.files import open_checkpoint
-    if name == "bytes":
-        return ByT5Tokenizer(extra_ids=0)
-    if name == "words":
-        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-        inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2} | words, unk_token="<unk>"))
-        inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-        inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-        return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                       model_max_length=512)
-    try:
-        return AutoTokenizer.from_pretrained(open_checkpoint(name), trust_remote_code=False)
-    except Exception as error:  # of all kinds
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{name}: holds no tokenizer for its text encoder ({reason})") from None
-
-
-# --- melody --------------------------------------------------------------------------------------------------
+# --- melody -----------------------------------------------------------------------------------------------
 
 class ChromaConditioner(nn.Module):
-    """Chromagram (chroma.py) -> frames of the language model's width: one linear layer, and the null melody."""
+    """Chromagram (chroma.py) -> frames of the language model's width: a linear layer, and the null melody."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         self.null = config.null_melody
+        self.shape = config.chroma_frames, config.n_chroma                  # M, Q
+        self.hop = config.hop / config.stride                               # columns per chroma frame
         self.proj = nn.Linear(config.n_chroma, config.dim)
 
-    def forward(self, chroma: torch.Tensor, has_melody: torch.Tensor) -> torch.Tensor:
-        """Chroma (B, M, Q) and whether each item has a melody (B,) bool -> frames (B, M, D)."""
-        return null_melody(self.proj, chroma, has_melody, self.null)
+    def forward(self, melodies):
+        """B chroma (M, Q), or None where an item has no melody -> frames (B, M, D)."""
+        weight = self.proj.weight
+        given = torch.tensor([melody is not None for melody in melodies])
+        given = given.to(weight.device)                                     # (B,)
+        nothing = torch.zeros(self.shape)
+        chroma = torch.stack([nothing if melody is None else melody for melody in melodies])
+        frames = null_melody(self.proj, chroma.to(weight), given, self.null)
+        B, M, _ = frames.shape
+        mask = torch.ones(B, M, dtype=torch.bool, device=weight.device)
+        time = torch.arange(M, device=weight.device) * self.hop
+        return Frames(frames, mask, time)
 
 
-def null_melody(proj: nn.Linear, chroma: torch.Tensor, has_melody: torch.Tensor, kind: str) -> torch.Tensor:
-    """Project chroma (B, M, Q) to (B, M, D), with "no melody" where has_melody (B,) is False.
+def null_melody(proj, chroma, given, kind):
+    """Projects chroma (B, M, Q) to (B, M, D), with "no melody" where given (B,) is False.
 
-    kind "zeros": zero frames. How the original trains, and how our models train and sample.
-    kind "c": the projection of one-hot C in every frame. What the original's generation wrapper feeds its
-    released checkpoints, with and without guidance (its chroma of silence is C and its mask is switched off);
-    transformers does the same. Both keep the M frames of training, so that positions never move.
+    kind "zeros": frames of zeros, which are still attended to. So audiocraft trains, and our models train and
+    sample. kind "c": the projection of one-hot C in every frame. So audiocraft's wrapper for generation feeds
+    the released checkpoints, with and without guidance (its chroma of silence is C, its mask is off), and so
+    does transformers. Both keep the M frames of training, so that positions never move.
     """
-    has_melody = has_melody[:, None, None]                                              # (B, 1, 1)
-    c = F.one_hot(torch.zeros_like(chroma[..., 0], dtype=torch.long), chroma.shape[-1]).to(chroma.dtype)
-    frames = proj(torch.where(has_melody, chroma, c))                                   # (B, M, D)
-    return frames * has_melody.to(frames.dtype) if kind == "zeros" else frames
+    given = given[:, None, None]                                            # (B, 1, 1)
+    zeros = torch.zeros_like(chroma[..., 0], dtype=torch.long)
+    c = F.one_hot(zeros, chroma.shape[-1]).to(chroma.dtype)
+    frames = proj(torch.where(given, chroma, c))                            # (B, M, D)
+    return frames * given.to(frames.dtype) if kind == "zeros" else frames
 
 
-# --- both ------------------------------------------------------------------------------------------------------
+# --- both -------------------------------------------------------------------------------------------------
 
 class Conditioners(nn.Module):
     """Text and melody of a batch -> Conditions."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.text = T5Conditioner(config) if config.text != "none" else None
         self.melody = ChromaConditioner(config) if config.melody != "none" else None
 
-    def forward(self, texts, chroma=None, has_melody=None, steps: int = 1, guidance: bool = False) -> Conditions:
-        """texts: B strings or None; chroma (B, M, Q) or None; has_melody (B,) bool or None for all -> Conditions.
+    def forward(self, conditions, S=1, guidance=False):
+        """{"text": B strings or None, "melody": B chroma (M, Q) or None} -> Conditions for S columns.
 
-        steps: S of the music, which "interpolate" stretches to. guidance: a batch of 2B is returned, first the
-        items, then the same items without text and melody, each keeping the number of frames it had.
+        guidance: a batch of 2B is returned, the items, then the same items without text and melody, each
+        keeping the number of frames it had.
         """
-        text = melody = mask = None
-        if self.text is not None:
-            text, mask = self.text(texts)
-            if guidance:
-                text, mask = torch.cat([text, torch.zeros_like(text)]), torch.cat([mask, mask])
+        fused = []      # (way into the model, Frames); the melody comes first in the prefix
         if self.melody is not None:
-            weight = self.melody.proj.weight
-            if chroma is None:
-                chroma = weight.new_zeros(len(texts), self.config.chroma_frames, self.config.n_chroma)
-                has_melody = weight.new_zeros(len(texts), dtype=torch.bool)
-            if has_melody is None:
-                has_melody = weight.new_ones(len(chroma), dtype=torch.bool)
-            chroma, has_melody = chroma.to(weight), has_melody.to(weight.device)
+            melodies = list(conditions["melody"])
             if guidance:
-                chroma, has_melody = torch.cat([chroma, chroma]), torch.cat([has_melody, torch.zeros_like(has_melody)])
-            melody = self.melody(chroma, has_melody)
-        return self.fuse(text, mask, melody, steps)
-
-    def fuse(self, text, mask, melody, steps: int) -> Conditions:
-        """Frames of text (B, P, D) with mask (B, P), of melody (B, M, D) -> Conditions; either may be None."""
-        prefix, cross, added = [], [], []       # lists of (frames, mask, time)
-        config = self.config
-        if melody is not None:                  # melody comes first in the prefix, then text
-            everywhere = torch.ones(melody.shape[:2], dtype=torch.bool, device=melody.device)
-            hop = config.hop / config.stride    # code frames per chroma frame
-            time = torch.arange(melody.shape[1], device=melody.device) * hop
-            _place(config.melody, (melody, everywhere, time), prefix, cross, added, steps)
-        if text is not None:
-            time = -1.0 - torch.arange(text.shape[1], device=text.device)   # before the music
-            _place(config.text, (text, mask, time), prefix, cross, added, steps)
-
-        def join(parts):
-            return [torch.cat(x, dim=d) for x, d in zip(zip(*parts), (1, 1, 0))] if parts else (None, None, None)
-        frames, mask, time = join(prefix)
-        attended, attended_mask, _ = join(cross)
-        return Conditions(frames, mask, time, attended, attended_mask, sum(added) if added else None)
+                melodies += [None] * len(melodies)
+            fused.append((self.config.melody, self.melody(melodies)))
+        if self.text is not None:
+            text = self.text(conditions["text"])
+            if guidance:
+                values = torch.cat([text.values, torch.zeros_like(text.values)])
+                mask = torch.cat([text.mask, text.mask])
+                text = Frames(values, mask, text.time)
+            fused.append((self.config.text, text))
+        return fuse(fused, S)
 
 
-def _place(fusion, part, prefix, cross, added, steps):
-    frames, mask, _ = part
-    length = mask.sum(1, keepdim=True)                                                  # (B, 1)
-    if fusion == "prepend":
-        prefix.append(part)
-    elif fusion == "cross":
-        cross.append(part)
-    elif fusion == "sum":           # one frame a condition in the original; more are averaged
-        added.append((frames.sum(1) / length.to(frames.dtype))[:, None])               # (B, 1, D)
-    else:                           # nearest neighbour, over the frames that the item has
-        nearest = torch.arange(steps, device=frames.device) * length // steps           # (B, S)
-        added.append(frames.gather(1, nearest[..., None].expand(-1, -1, frames.shape[-1])))
+def fuse(fused, S):
+    """[(way into the model, Frames)] -> Conditions for S columns of music."""
+    prefix = [frames for way, frames in fused if way == "prepend"]
+    cross = [frames for way, frames in fused if way == "cross"]
+    added = [mean(frames) for way, frames in fused if way == "sum"]
+    added += [stretched(frames, S) for way, frames in fused if way == "interpolate"]
+    cross_frames, cross_mask, _ = joined(cross)
+    total = sum(added) if added else None
+    return Conditions(*joined(prefix), cross_frames, cross_mask, total)
 
 
-# --- random draws of training: augmentation and dropout ---------------------------------------------------------
+def joined(parts):
+    """Frames one behind the other -> values, mask and time of all of them, or three times None."""
+    if not parts:
+        return None, None, None
+    values, mask, time = zip(*parts)
+    values, mask = torch.cat(values, 1), torch.cat(mask, 1)
+    return values, mask, torch.cat(time)
 
-METADATA = ("key", "bpm", "genre", "moods", "keywords", "instrument")
+
+def mean(frames):
+    """The mean over the frames that an item has, (B, 1, D). Audiocraft sums one frame a condition."""
+    count = frames.mask.sum(1, keepdim=True).to(frames.values.dtype)
+    return (frames.values.sum(1) / count)[:, None]
 
 
-def augment_description(meta: dict, config: Config, rng) -> str | None:
-    """Description of a track, at times merged with its metadata, as the original's text augmentation.
+def stretched(frames, S):
+    """The frames that an item has, stretched to S columns by nearest neighbor, (B, S, D)."""
+    count = frames.mask.sum(1, keepdim=True)                                # (B, 1)
+    nearest = torch.arange(S, device=count.device) * count // S             # (B, S)
+    D = frames.values.shape[-1]
+    index = nearest[..., None].expand(-1, -1, D)
+    return frames.values.gather(1, index)
 
-    meta: fields of the track (title, description, key, bpm, moods as a list, ...); rng: numpy Generator.
-    With probability merge_text_p each metadata field is kept with probability drop_other_p (sic), shuffled, and
-    appended as "key: a minor. bpm: 104.0"; the description itself is then dropped with probability drop_desc_p.
+
+def padding_last(x, angles, prefix_mask):
+    """Moves padding of the prefix to the end of its row, where causal attention cannot see it.
+
+    x (B, n, D), angles (B, n, E/2) or None, prefix_mask (B, P) bool -> x, angles, and the way back: for each
+    place of the old row where its frame is now, (B, n).
     """
-    description, extra = meta.get("description"), ""
-    if config.merge_text_p == 0:
-        return description
-    if rng.random() < config.merge_text_p:
-        fields = [f"{name}: {', '.join(value) if isinstance(value, list) else value}"
-                  for name in METADATA if (value := meta.get(name)) and rng.random() < config.drop_other_p]
-        rng.shuffle(fields)
-        extra = ". ".join(fields)
-        if rng.random() < config.drop_desc_p:
-            description = None
-    if not description:
-        return extra or None
-    return f"{description.rstrip('.')}. {extra}".strip()
-
-
-def word_dropout(text: str | None, p: float, rng) -> str | None:
-    """Text without some of its words, each dropped with probability p; None where nothing is left."""
-    return " ".join(word for word in text.split(" ") if rng.random() >= p) or None if text and p else text
-
-
-def drop_conditions(text: str | None, has_melody: bool, config: Config, rng) -> tuple[str | None, bool]:
-    """An item's text and melody after guidance dropout (both at once) and attribute dropout (the melody).
-
-    Both draws are always made, so that one rate never changes the other's outcome. The original draws once per
-    batch and process; one draw an item has the same rates and less noise, and does not depend on the batch.
-    """
-    everything, melody = rng.random() < config.cfg_dropout, rng.random() < config.melody_dropout
-    return (None if everything else text), bool(has_melody and not everything and not melody)
+    S = x.shape[1] - prefix_mask.shape[1]
+    real = F.pad(prefix_mask, (0, S), value=True)                           # (B, n)
+    order = (~real).byte().argsort(dim=1, stable=True)
+    x = x.gather(1, order[..., None].expand_as(x))
+    if angles is not None:
+        angles = angles.gather(1, order[..., None].expand_as(angles))
+    return x, angles, order.argsort(dim=1)
 
 
 def demo():
-    import numpy as np
     config = Config(dim=16, num_heads=2, num_layers=1, t5="bytes", segment_duration=2.0)
     torch.manual_seed(0)
-    conditioner = Conditioners(config).eval()
+    M = config.chroma_frames
+    scale = F.one_hot(torch.arange(M) % 12, 12).float()
     texts = ["slow flute", "loud", None]
-    chroma = F.one_hot(torch.arange(config.chroma_frames).expand(3, -1) % 12, 12).float()
-    has_melody = torch.tensor([True, False, True])
+    conditioners = Conditioners(config).eval()
     with torch.no_grad():
-        conditions = conditioner(texts, chroma, has_melody)
-    print("the prefix: melody frames, then text (# a frame, 0 a frame of zeros, . padding that nobody attends to)\n")
+        conditions = conditioners({"text": texts, "melody": [scale, None, scale]})
+    print("the prefix: melody frames, then text tokens")
+    print("(# a frame, 0 a frame of zeros, . padding that nobody attends to)\n")
     for text, frames, mask in zip(texts, conditions.prefix, conditions.prefix_mask):
-        cells = ["." if not m else "#" if f.abs().sum() > 0 else "0" for f, m in zip(frames, mask)]
-        m = config.chroma_frames
-        print(f"  {str(text):>10}  {''.join(cells[:m])} | {''.join(cells[m:])}")
-    meta = dict(description="A slow air for a flute, alone in a large hall.", key="d minor", bpm=72.0,
-                moods=["calm", "sad"], instrument="flute")
-    print(f"\ntraining captions of one track, merged with metadata at a rate of {config.merge_text_p}, words dropped:")
-    rng = np.random.default_rng(1)
-    for _ in range(6):
-        print("  ", word_dropout(augment_description(meta, config, rng), config.word_dropout, rng))
+        sizes = frames.abs().sum(1)
+        cells = ["." if not m else "#" if size > 0 else "0" for size, m in zip(sizes, mask)]
+        print(f"  {str(text):>10}  {''.join(cells[:M])} | {''.join(cells[M:])}")
 
 
 if __name__ == "__main__":

@@ -1,442 +1,382 @@
-"""Sampling: text and a melody in, music out.
+"""Sampling: text and a melody in, music out (MusicGen 2.1 - 2.3, arXiv 2306.05284).
 
-    python sample.py --text "a slow flute tune" --melody assets/ode_to_joy.wav
-    python sample.py --text "calm organ" --text "fast violin with drums" --duration 12 --seed 7
+    python sample.py --text "a slow flute tune, alone" --melody assets/ode_to_joy.wav
     python sample.py --checkpoint facebook/musicgen-melody --text "80s driving pop song" --melody tune.mp3
-    python sample.py --text "a flute tune" --prompt recording.ogg --duration 20      # continues the recording
-    python sample.py --text "a flute tune" --page DIR                                # and a page to listen to it
-    python sample.py --checkpoint out/mine --export_hf DIR                           # for transformers
+    python sample.py --text "a flute tune" --prompt recording.ogg --duration 20     # continues the recording
+    python sample.py --help                             # all flags; they are in sampling/command.py
 
 The life of a sample (`MusicGen.generate`):
 
-    melody wav --separate, ChromaExtractor--> chroma (M, 12)     text ----------.
-    condition_passes(texts, chroma) ---------> Conditions of 2B rows: with the conditions, and without
-    lm.generate(...), window by window ------> codes (B, K, T)   one column of the delay pattern per step
+    melody wav --separate, ChromaExtractor--> chroma (M, Q)      text ----------.
+    condition_passes(conditions) ------------> Conditions of 2B rows: with the conditions, and without
+    generate(...), window by window ---------> codes (B, K, T)   one column of the pattern at a time
     codec.decode(codes) ---------------------> wav (B, C, L)     written beside a JSON that reproduces it
+
+The model knows segments of one length. Longer music is made in windows of that length (`windows`): each
+continues the last codes of the one before, and the melody moves with it.
+
+    |----------- longest -----------|
+    |----- stride -----|-- known ---|------- new -------|
+                                          |-- known ----|------- new -------|
 """
-import argparse
-import dataclasses
-import json
 import os
-import re
-import shlex
-import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoints.files import open_checkpoint
-from checkpoints.precision import has_bfloat16, pick_dtype, quicken
-from conditioners import Conditions
-from config import Parser, UserError, pick_device, run, write_atomic
-from data.audio import FORMATS, read_audio, write_audio
-from data.page import page_path, write_page
+from chroma import ChromaExtractor, match_length
+from data.stems import separate
 from encodec import EncodecModel
-from lm import Cache, LMModel, condition_passes, generate
+from lm import LMModel
+from system.devices import device_of, pick_device
+from system.errors import UserError
 
-DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
-          "auto": None}
-MAX_DURATION = 3600.0   # s; a guard against --duration 1e9, not a limit of the method
+try:    # on a CPU PackedLinear and PackedCache (speed/decoding.py) take over from lm.py's layers and cache
+    from speed import fastest_dtype, optimize_codec, optimize_for_cpu
+except ImportError:     # without that folder everything computes as it is written here
+    fastest_dtype = optimize_codec = optimize_for_cpu = None
 
 
 class MusicGen:
     """A language model with its codec: `MusicGen.from_pretrained(X).generate([...])`."""
 
-    def __init__(self, lm: LMModel, codec: EncodecModel):
-        self.lm, self.codec, self.config = lm.eval(), codec.eval(), lm.config
-        per_channel = self.config.n_q // (2 if self.stereo else 1)
-        if codec.num_codebooks < per_channel or codec.cardinality != self.config.card:
-            raise UserError(f"the language model speaks {per_channel} codebooks of {self.config.card} entries, its "
-                            f"codec {codec.num_codebooks} of {codec.cardinality}; set codec = to the one it was "
+    DTYPES = ("float32", "bfloat16", "float16", "int8", "auto")
+    MAX_DURATION = 3600.0   # s; a guard against --duration 1e9, not a limit of the method
+
+    def __init__(self, lm, codec):
+        self.lm, self.codec = lm.eval(), codec.eval()
+        self.config = config = lm.config
+        self.sample_rate, self.frame_rate = codec.sample_rate, codec.frame_rate
+        self.codec_device = device_of(codec)
+        streams = max(1, config.channels // codec.channels)     # 2 of a mono codec, interleaved, for stereo
+        K = config.n_q // streams
+        if codec.num_codebooks < K or codec.cardinality != config.card:
+            raise UserError(f"the language model speaks {K} codebooks of {config.card} entries, its codec "
+                            f"{codec.num_codebooks} of {codec.cardinality}; set codec = to the one it was "
                             f"trained with")
 
-    @property
-    def stereo(self) -> bool:
-        """Stereo by two interleaved streams of a mono codec."""
-        return self.config.channels == 2 and self.codec.channels == 1
-
-    @property
-    def sample_rate(self) -> int:
-        return self.codec.sample_rate
-
-    @property
-    def frame_rate(self) -> float:
-        return self.codec.frame_rate
-
     @classmethod
-    def from_pretrained(cls, name_or_dir, device: str = "auto", dtype: str = "float32",
-                        compile: bool = False) -> "MusicGen":
-        """Loads our directory, a transformers directory or hub id, or a directory in the original's format.
+    def from_pretrained(cls, name_or_dir, device="auto", dtype="float32", compile=False):
+        """Loads our directory, a transformers directory or hub id, or a directory in audiocraft's format.
 
-        dtype: of the language model's weights, "float32", "bfloat16", "float16", "int8" (on the CPU) or "auto", the
-        fastest for the device; the codec stays in float32, but for its decoder on a CPU that computes in bfloat16.
-        compile: the layers by torch.compile, but where kernels.c, compiled as it is, serves them.
-        Raises UserError naming what is missing or does not fit.
+        dtype: of the language model's weights; "int8" is for the CPU, "auto" the fastest for the device. The
+        codec stays in float32, but for its decoder on a CPU that computes in bfloat16. compile: the layers by
+        torch.compile, where speed/kernels.c does not run them. Raises UserError for what does not fit.
         """
-        # oneDNN, and torch beside it, keep code and buffers for up to 1,024 lengths: memory would grow for hours
-        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, "16")
-        if dtype not in DTYPES:
-            raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+        # oneDNN, and torch beside it, keep code for up to 1,024 lengths: memory would grow for hours
+        for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(variable, "16")
+        if dtype not in cls.DTYPES:
+            raise UserError(f"dtype {dtype!r}: must be one of {', '.join(cls.DTYPES)}")
         device, directory = pick_device(device), open_checkpoint(name_or_dir)
-        dtype = pick_dtype(dtype, device)
+        if dtype == "auto":
+            dtype = fastest_dtype(device) if fastest_dtype else "float32"
         if dtype == "int8" and device.type != "cpu":
             raise UserError(f"dtype 'int8' is for the CPU; on {device.type} take bfloat16 or float16")
-        lm = LMModel.from_pretrained(directory, DTYPES[dtype]).to(device)
-        if device.type == "cpu" and dtype != "float16":
-            quicken(lm)
-        if compile and lm.cache is Cache:
-            lm.compile_layers()
-        codec = load_codec(directory, lm).fold()
-        if dtype in ("bfloat16", "int8") and device.type == "cpu" and has_bfloat16():
-            codec.decoder.bfloat16()
-        # the codec's convolutions and nearest-neighbour search are not to be trusted on mps; it is a small part
-        return cls(lm, codec.to("cpu" if device.type == "mps" else device))
+        if dtype == "int8" and not optimize_for_cpu:
+            raise UserError("dtype 'int8' needs the folder speed/, which is not here; take float32")
 
-    def save(self, directory, compact: bool = False):
-        """Writes a directory that from_pretrained reads, codec included. compact: int8 matrices, float16 the rest."""
+        prepare = optimize_for_cpu if device.type == "cpu" and dtype != "float16" else None
+        lm = LMModel.from_pretrained(directory, getattr(torch, dtype), prepare).to(device)
+        if compile and not lm.packed:
+            for layer in lm.layers:     # they are alike and compile once
+                layer.compile()
+        # the codec's convolutions and nearest-neighbor search can be wrong on mps; it is a small part
+        codec_device = "cpu" if device.type == "mps" else device
+        codec = cls.load_codec(directory, lm).fold().to(codec_device)
+        if optimize_codec and device_of(codec).type == "cpu":
+            narrow = device.type == "cpu" and dtype in ("bfloat16", "int8")
+            codec = optimize_codec(codec, torch.bfloat16 if narrow else torch.float32)
+        return cls(lm, codec)
+
+    @staticmethod
+    def load_codec(name_or_dir, lm):
+        """The codec inside a model's directory, else the one that its configuration names."""
+        inside = open_checkpoint(name_or_dir) / "codec"
+        return EncodecModel.from_pretrained(inside if inside.is_dir() else lm.config.codec)
+
+    def save(self, directory, compact=False):
+        """Writes what from_pretrained reads, codec included. compact: int8 matrices, float16 the rest."""
         self.codec.save(Path(directory) / "codec", compact)
         self.lm.save(directory, compact)
 
-    # --- conditions ---------------------------------------------------------------------------------------------
-
-    def melody_chroma(self, melody, sample_rate: int | None = None, stem: str | None = None) -> torch.Tensor:
-        """Melody wave (L,) or (C, L) of any rate -> chroma (M, Q) of its separated stem, however long it is."""
-        from chroma import ChromaExtractor, separate
-        wav = torch.as_tensor(melody).detach().float().cpu()
-        wav = wav[None] if wav.dim() == 1 else wav
-        if wav.dim() != 2 or not wav.numel() or not wav.isfinite().all():
-            raise UserError(f"a melody must be a non-empty wave (C, L) of finite numbers, not {tuple(wav.shape)}")
-        wav = resample(wav, sample_rate or self.sample_rate, self.sample_rate)
-        config = self.config
-        wav = separate(wav, self.sample_rate, stem or config.stem)                      # (1, L)
-        extract = ChromaExtractor(self.sample_rate, config.n_chroma, config.radix2_exp, config.argmax)
-        return extract(wav)[0]
-
-    def _window(self, chromas, start: int):
-        """The M chroma frames that belong to music from code frame `start` on: chroma (B, M, Q), has_melody (B,)."""
-        from chroma import match_length
-        if self.lm.conditioner.melody is None or all(c is None for c in chromas):
-            return None, None
-        M, first = self.config.chroma_frames, round(start * self.config.stride / self.config.hop)
-        nothing = torch.zeros(1, M, self.config.n_chroma)
-        rows = [nothing if c is None else match_length(c[None], M, first) for c in chromas]
-        return torch.cat(rows), torch.tensor([c is not None for c in chromas])
-
-    # --- generation ------------------------------------------------------------------------------------------------
-
-    def generate(self, descriptions, melodies=None, melody_sample_rate=None, prompt=None, prompt_sample_rate=None,
-                 duration=None, **settings) -> torch.Tensor:
+    def generate(self, descriptions, melodies=None, melody_sample_rate=None, prompt=None,
+                 prompt_sample_rate=None, duration=None, **settings):
         """Descriptions (strings or None) and melodies -> wav (B, C, L) of `duration` seconds.
 
-        melodies: one wave (C, L) or None per description, or a tensor (B, C, L), at melody_sample_rate (default:
-        the model's). prompt: wave (C, L) or (B, C, L) which the result begins with and continues; the duration
-        includes it. settings: see `generate_codes`. Raises UserError for what cannot be done.
+        melodies: one wave (C, L) or None per description, or a tensor (B, C, L). prompt: wave (C, L) or
+        (B, C, L) that the result begins with; the duration includes it. Rates in Hz, default: the model's.
+        settings: see `generate_codes`. Raises UserError for what cannot be done.
         """
         if prompt is not None:
             prompt = self.encode_prompt(prompt, prompt_sample_rate, len(descriptions))
-        chromas = None if melodies is None else [
-            None if m is None else self.melody_chroma(m, melody_sample_rate) for m in melodies]
+        melodies = [None] * len(descriptions) if melodies is None else melodies
+        chromas = []
+        for melody in melodies:
+            chroma = None if melody is None else self.melody_chroma(melody, melody_sample_rate)
+            chromas.append(chroma)
         codes = self.generate_codes(descriptions, chromas, prompt, duration, **settings)
         return self.decode(codes, duration)
 
-    def encode_prompt(self, prompt, sample_rate: int | None, batch: int) -> torch.Tensor:
-        """A wave to continue -> its codes (B, K, T0), whole frames only."""
-        wav = torch.as_tensor(prompt).detach().float()
-        wav = wav[None] if wav.dim() == 1 else wav                                      # (C, L) or (B, C, L)
-        wav = resample(wav.cpu(), sample_rate or self.sample_rate, self.sample_rate)
-        wav = wav[None].expand(batch, -1, -1) if wav.dim() == 2 else wav                # (B, C, L)
-        C = self.config.channels
-        wav = wav.mean(1, keepdim=True) if C == 1 else wav.expand(-1, C, -1) if wav.shape[1] == 1 else wav[:, :C]
-        whole = wav.shape[-1] // self.config.stride * self.config.stride
-        if not whole:
-            raise UserError(f"the prompt is shorter than one frame of {1 / self.frame_rate:.3f} s; give a longer one")
-        with torch.inference_mode():
-            return self.codec.encode(wav[..., :whole].to(device_of(self.codec)))[:, :self.config.n_q]
+    def melody_chroma(self, melody, sample_rate=None, stem=None):
+        """Melody wave (L,) or (C, L) of any rate and length -> chroma (M, Q) of its separated stem."""
+        wav = torch.as_tensor(melody).detach().float().cpu()
+        wav = wav[None] if wav.dim() == 1 else wav
+        valid = wav.dim() == 2 and wav.numel() > 0 and wav.isfinite().all()
+        if not valid:
+            shape = tuple(wav.shape)
+            raise UserError(f"a melody must be a non-empty wave (C, L) of finite numbers, not {shape}")
+        wav = resample(wav, sample_rate or self.sample_rate, self.sample_rate)
+        wav = separate(wav, self.sample_rate, stem or self.config.stem)         # (1, L)
+        extract = ChromaExtractor(self.sample_rate, self.config.n_chroma, self.config.radix2_exp)
+        return extract(wav)[0]
 
-    def generate_codes(self, descriptions, chromas=None, prompt=None, duration=None, seeds=None, guidance=None,
-                       two_step=False, temperature=None, top_k=None, top_p=None, progress=False,
-                       interrupted=()) -> torch.Tensor:
+    @torch.inference_mode()
+    def encode_prompt(self, prompt, sample_rate, batch):
+        """A wave to continue, (L,), (C, L) or (B, C, L) -> its codes (B, K, T0), whole frames only."""
+        C, stride = self.config.channels, self.config.stride
+        wav = torch.as_tensor(prompt).detach().float().cpu()
+        wav = wav[None] if wav.dim() == 1 else wav
+        wav = resample(wav, sample_rate or self.sample_rate, self.sample_rate)
+        if wav.dim() == 2:
+            wav = wav.expand(batch, -1, -1)                                 # (B, C, L)
+        if C == 1 or wav.shape[1] == 1:
+            mono = wav.mean(1, keepdim=True)
+            wav = mono.expand(-1, C, -1)
+        frames = wav.shape[-1] // stride
+        if not frames:
+            raise UserError(f"the prompt is shorter than one frame of {1 / self.frame_rate:.3f} s; give a "
+                            f"longer one")
+        wav = wav[:, :C, :frames * stride]
+        codes = self.codec.encode(wav.to(self.codec_device))
+        return codes[:, :self.config.n_q]
+
+    @torch.inference_mode()
+    def decode(self, codes, duration=None):
+        """Codes (B, K, T) -> wav (B, C, L), cut to `duration` seconds."""
+        wav = self.codec.decode(codes.to(self.codec_device))
+        wav = wav.float().cpu()
+        if duration is None:
+            return wav
+        L = max(1, round(duration * self.sample_rate))
+        return wav[..., :L]
+
+    def generate_codes(self, descriptions, chromas=None, prompt=None, duration=None, seeds=None,
+                       guidance=None, two_step=False, temperature=None, top_k=None, top_p=None,
+                       progress=False, interrupted=()):
         """Descriptions and chromas ((M, Q) or None each) -> codes (B, K, T).
 
-        Beyond the training length the window moves on by `extend_stride` seconds and continues its own codes; the
-        melody moves with it. prompt: codes (B, K, T0). seeds: one number an item (default: the configuration's
-        seed and the ones after it); the same seed gives an item the same music, alone or in a batch. `interrupted`
-        turns true when it is to end with the frames that are whole.
+        prompt: codes (B, K, T0) to continue. seeds: a number an item, which gives it the same music alone and
+        in a batch. Defaults are the configuration's. progress: show a bar. `interrupted`: turns true when
+        generation is to end with the frames that are whole. Raises UserError for what cannot be done.
         """
         config, B = self.config, len(descriptions)
+        chromas = [None] * B if chromas is None else chromas
         duration = config.segment_duration if duration is None else duration
+        seeds = range(config.seed, config.seed + B) if seeds is None else seeds
         guidance = config.cfg_coef if guidance is None else guidance
         temperature = config.temperature if temperature is None else temperature
-        top_k, top_p = config.top_k if top_k is None else top_k, config.top_p if top_p is None else top_p
-        seeds = [config.seed + i for i in range(B)] if seeds is None else seeds
-        chromas = [None] * B if chromas is None else chromas
+        top_k = config.top_k if top_k is None else top_k
+        top_p = config.top_p if top_p is None else top_p
+        codes = torch.empty(B, config.n_q, 0, dtype=torch.long)
+        if prompt is not None:
+            codes = prompt.cpu()
+        T0 = codes.shape[-1]
+        self.check_arguments(B, chromas, T0, duration, seeds, guidance, temperature, top_k, top_p)
+
+        T = self.frames(duration)
+        longest = self.frames(config.segment_duration)
+        stride = self.frames(config.extend_stride)
+        delay = config.melody_delay * max(0, guidance - 1) * self.frame_rate        # frames
+        with tqdm(total=T - T0, unit="frame", disable=not progress, desc="sampling") as bar:
+            for n, (start, known, end) in enumerate(windows(T, T0, longest, stride)):
+                if interrupted:
+                    break
+                conditions = self.window_conditions(descriptions, chromas, start)
+                passes = condition_passes(self.lm, conditions, end - start, guidance, two_step)
+                passes = [delay_melody(encoded, delay) for encoded in passes]
+                window_seeds = [seed + 1_000_003 * n for seed in seeds]     # far from those of other items
+                on_column = partial(advance, bar, end - known, interrupted)
+                window = generate(self.lm, passes, end - start, window_seeds, codes[..., start:], guidance,
+                                  temperature, top_k, top_p, on_column)
+                new = window[..., known - start:]
+                codes = torch.cat([codes, new.cpu()], dim=-1)
+        known_frames = (codes >= 0).all(dim=1).all(dim=0)       # all, unless interrupted: (T,)
+        return codes[..., :known_frames.cumprod(0).sum()]
+
+    def check_arguments(self, B, chromas, T0, duration, seeds, guidance, temperature, top_k, top_p):
+        """Raises UserError for arguments of `generate_codes` that make no sense, alone or together."""
         if not B:
             raise UserError("nothing to generate: give at least one description (None for none)")
         if len(chromas) != B or len(seeds) != B:
-            raise UserError(f"{B} descriptions need as many melodies and seeds, not {len(chromas)} and {len(seeds)}")
-        if not 0 < duration <= MAX_DURATION:
-            raise UserError(f"duration {duration} s: must be more than 0 and at most {MAX_DURATION:.0f} s")
+            raise UserError(f"{B} descriptions need as many melodies and seeds, not {len(chromas)} and "
+                            f"{len(seeds)}")
+        if not 0 < duration <= self.MAX_DURATION:
+            raise UserError(f"duration {duration} s: must be more than 0 and at most "
+                            f"{self.MAX_DURATION:.0f} s")
         if not (temperature >= 0 and top_k >= 0 and 0 <= top_p <= 1):
-            raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} within 0 "
-                            f"and 1")
+            raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative, top_p "
+                            f"{top_p} within 0 and 1")
         if not abs(guidance) <= 1000:
             raise UserError(f"guidance {guidance}: must lie between -1000 and 1000; 3 is usual")
-        if any(c is not None for c in chromas) and self.lm.conditioner.melody is None:
-            raise UserError("this model was trained on text only and takes no melody; use a melody model or leave it "
-                            "out")
+        if self.config.melody == "none" and any(chroma is not None for chroma in chromas):
+            raise UserError("this model was trained on text only and takes no melody; use a melody model or "
+                            "leave it out")
+        if T0 >= self.frames(duration):
+            raise UserError(f"the duration {duration} s includes the prompt, which is as long or longer; "
+                            f"ask for more")
 
-        T = max(1, round(duration * self.frame_rate))
-        longest = round(config.segment_duration * self.frame_rate)
-        overlap = longest - max(1, min(longest, round(config.extend_stride * self.frame_rate)))
-        late = config.melody_delay * max(0, guidance - 1) * self.frame_rate
-        done = torch.empty(B, config.n_q, 0, dtype=torch.long) if prompt is None else prompt.cpu()
-        if done.shape[-1] >= T:
-            raise UserError(f"the duration {duration} s includes the prompt, which is as long or longer; ask for more")
-        with tqdm(total=T - done.shape[-1], unit="frame", disable=not progress, desc="sampling") as bar:
-            for window in range(T):
-                p = done.shape[-1]
-                if p >= T or interrupted:
-                    break
-                start = 0 if p < longest else p - overlap
-                end = min(T, start + longest)
-                passes = condition_passes(self.lm, descriptions, end - start, *self._window(chromas, start), guidance,
-                                          two_step)
-                begun = p - (T - bar.total)
-                passes = [told_late(conditions, late) for conditions in passes]
+    def frames(self, duration):
+        """T of so many seconds."""
+        return max(1, round(duration * self.frame_rate))
 
-                def show(step, steps):      # a window has a few steps more than frames: the delays
-                    bar.update(begun + min(step, end - p) - bar.n)
-                    return bool(interrupted)
-                codes = generate(self.lm, passes, end - start, [seed + 1_000_003 * window for seed in seeds],
-                                 done[..., start:] if p > start else None, guidance, temperature, top_k, top_p, show)
-                codes = codes[..., p - start:].cpu()
-                whole = int((codes >= 0).all(1).all(0).cumprod(0).sum())    # all of them, unless interrupted
-                done = torch.cat([done, codes[..., :whole]], dim=-1)
-        return done
-
-    @torch.inference_mode()
-    def decode(self, codes, duration: float | None = None) -> torch.Tensor:
-        """Codes (B, K, T) -> wav (B, C, L), cut to `duration` seconds."""
-        wav = self.codec.decode(codes.to(device_of(self.codec))).float().cpu()
-        return wav if duration is None else wav[..., :max(1, round(duration * self.sample_rate))]
+    def window_conditions(self, descriptions, chromas, start):
+        """Conditions of the window from frame `start` on: the texts, and the melodies from there on."""
+        first = round(start * self.config.stride / self.config.hop)         # chroma frame
+        M = self.config.chroma_frames
+        parts = []
+        for chroma in chromas:
+            if chroma is not None:
+                chroma = match_length(chroma[None], M, first)[0]
+            parts.append(chroma)
+        return {"text": descriptions, "melody": parts}
 
 
-def told_late(conditions: Conditions, steps: float) -> Conditions:
-    """Conditions whose melody frames have the times of music `steps` later (ours).
+def windows(T, known, longest, stride):
+    """Yields (start, known, end) of each window that T frames take; its frames before `known` are prompt."""
+    overlap = max(0, longest - stride)
+    while known < T:
+        start = 0 if known < longest else known - overlap
+        end = min(T, start + longest)
+        yield start, known, end
+        known = end
 
-    Guidance raises to a power by how much likelier the melody makes it that a note begins now, again at every step
-    while one is due: notes begin early, the more so the higher it is. Where melody frames have times that can be put
-    right.
+
+def advance(bar, frames, interrupted, done, columns):
+    """Moves the bar by a frame in the first `frames` columns of a window; the delays add a few columns."""
+    bar.update(int(done <= frames))
+    return bool(interrupted)    # true ends the generation
+
+
+def delay_melody(conditions, frames):
+    """Conditions whose melody frames have the times of music that comes `frames` later (ours).
+
+    A melody makes it likelier that a note begins now, at every column while one is due. Guidance raises that
+    factor to a power: the higher it is, the earlier notes begin. A delay makes up for it ("rope" models).
     """
-    time = conditions.prefix_time                   # (P,), of text below 0
-    return conditions if time is None else conditions._replace(prefix_time=torch.where(time >= 0, time + steps, time))
+    time = conditions.prefix_time                                           # (P,), of text below 0
+    if time is None:
+        return conditions
+    time = torch.where(time >= 0, time + frames, time)
+    return conditions._replace(prefix_time=time)
 
 
-def load_codec(name_or_dir, lm: LMModel) -> EncodecModel:
-    """The codec inside a model's directory, else the one that its configuration names."""
-    inside = open_checkpoint(name_or_dir) / "codec"
-    return EncodecModel.from_pretrained(inside if inside.is_dir() else lm.config.codec)
-
-
-def device_of(module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def resample(wav: torch.Tensor, old: int, new: int) -> torch.Tensor:
-    """Wave (..., L) from rate old to rate new."""
+def resample(wav, old, new):
+    """Wave (..., L) from rate old to rate new, in Hz."""
     if old == new:
         return wav
-    from math import gcd
-    from scipy.signal import resample_poly
-    divisor = gcd(int(old), int(new))
-    return torch.from_numpy(resample_poly(wav.numpy(), new // divisor, old // divisor, axis=-1).copy()).float()
+    from scipy.signal import resample_poly      # here, because it takes half a second to import
+    resampled = resample_poly(wav.numpy(), new, old, axis=-1)
+    return torch.from_numpy(resampled.copy()).float()
 
 
-# --- the command line ------------------------------------------------------------------------------------------------
+def condition_passes(lm, conditions, T, guidance=3.0, two_step=False):
+    """The conditions of the forward passes that each column of `generate` takes, for T frames.
 
-def seconds(text: str) -> float:
-    if not 0 < float(text) <= MAX_DURATION:
-        raise argparse.ArgumentTypeError(f"{text}: must be more than 0 and at most {MAX_DURATION:.0f} s")
-    return float(text)
-
-
-def seed(text: str) -> int:
-    if not 0 <= int(text) < 2 ** 62:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more, and below 2 ** 62")
-    return int(text)
-
-
-def parse(argv):
-    parser = Parser(description="Text and a melody in, music out.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--text", action="append", metavar="TEXT", help="what to play; several make a batch")
-    add("--melody", action="append", metavar="FILE",
-        help="melody to follow: one for all texts, or one for each ('' for none)")
-    add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="X",
-        help="directory or Hugging Face id (default: the shipped model)")
-    add("--out", metavar="FILE", help="wav, flac, ogg or mp3 (default: samples/TEXT.wav); a batch is numbered")
-    add("--duration", type=seconds, default=10.0, metavar="S", help="seconds, a prompt included (default 10)")
-    add("--prompt", metavar="FILE", help="recording to continue")
-    add("--continue_from", metavar="FILE", help="codes of a take (--save_codes) to continue")
-    add("--save_codes", action="store_true", help="write the codes beside the audio, as .npz")
-    add("--seed", type=seed, default=None, metavar="N", help="of the first item; the next ones count up (default: 0)")
-    add("--guidance", type=float, metavar="G", help="classifier-free guidance (default: the model's, 3.0)")
-    add("--two_step", action="store_true", help="guidance by two passes, the null text unpadded")
-    add("--temperature", type=float, metavar="T", help="default 1.0; 0 is greedy")
-    add("--top_k", type=int, metavar="K", help="default 250; 0 is all entries")
-    add("--top_p", type=float, metavar="P", help="default 0, off")
-    add("--stem", choices=("auto", "none", "hpss", "demucs"), help="how the melody is separated from its recording")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="float32", choices=list(DTYPES), help="of the language model's weights")
-    add("--page", metavar="DIR", help="also write DIR/index.html, a page to listen to the results")
-    add("--compile", action="store_true",
-        help="torch.compile the layers, but on a CPU with a C compiler, where kernels.c is faster")
-    add("--overwrite", action="store_true", help="replace an existing --out or --page")
-    add("--keep_partial", action="store_true", help="Ctrl-C ends with what is finished, not with nothing")
-    add("--export", metavar="DIR", help="write the checkpoint small, as it is shipped (int8 and float16), and stop")
-    add("--export_hf", metavar="DIR", help="write the checkpoint for transformers, and stop")
-    return parser.parse_args(argv)
+    One batch of 2B: the items, then the same without text and melody, each keeping its number of frames.
+    With two_step two batches of B, where the null text is a single frame; with guidance 1 the items alone.
+    """
+    S = lm.pattern.steps(T)
+    if guidance == 1 or lm.config.text == lm.config.melody == "none":
+        return [lm.conditioner(conditions, S)]
+    if two_step:
+        nothing = {name: [None] * len(values) for name, values in conditions.items()}
+        return [lm.conditioner(conditions, S), lm.conditioner(nothing, S)]
+    return [lm.conditioner(conditions, S, guidance=True)]
 
 
-def main(argv):
-    """The command line, thin over MusicGen."""
-    args = parse(argv)
-    if args.export or args.export_hf:
-        from checkpoints.formats import export_transformers
-        lm = LMModel.from_pretrained(args.checkpoint)
-        codec = load_codec(args.checkpoint, lm)
-        if args.export:
-            MusicGen(lm, codec).save(args.export, compact=True)
-        if args.export_hf:
-            export_transformers(lm, codec, args.export_hf)
-        print(args.export or args.export_hf)
-        return
-    texts = [text or None for text in args.text or [None]]
-    melodies = [path or None for path in args.melody or [None]]
-    if len(texts) == 1 and len(melodies) > 1:
-        texts *= len(melodies)
-    if len(melodies) == 1:
-        melodies *= len(texts)
-    if len(melodies) != len(texts):
-        raise UserError(f"{len(melodies)} --melody for {len(texts)} --text: give one for all, or one for each")
-    if args.prompt and args.continue_from:
-        raise UserError("--prompt and --continue_from: give one of the two")
-    seeds = [(args.seed or 0) + i for i in range(len(texts))]
-    outs, page = output_names(args, texts), args.page and page_path(args.page, args.overwrite)
+@torch.inference_mode()
+def generate(lm, passes, T, seeds, prompt=None, guidance=3.0, temperature=1.0, top_k=250,
+             top_p=0.0, progress=None):
+    """Codes (B, K, T), one item per seed, under the conditions of `condition_passes`.
 
-    model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile)
-    if any(melodies) and model.lm.conditioner.melody is None:
-        raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody, or take a melody model")
-    heard = args.duration + model.config.segment_duration + 10   # of a recording of hours, no more than can matter
-    chroma = {path: model.melody_chroma(read_audio(path, model.sample_rate, 1, duration=heard), stem=args.stem)
-              for path in set(melodies) if path}
-    prompt = None
-    if args.prompt:
-        wav = read_audio(args.prompt, model.sample_rate, model.config.channels, duration=heard)
-        prompt = model.encode_prompt(wav, None, len(texts))
-    elif args.continue_from:
-        prompt = read_codes(args.continue_from, model.config).expand(len(texts), -1, -1)
-    interrupted = []
+    prompt: codes (B, K, T0 < T) that the result begins with. guidance 1 is the conditional model, 0 the
+    unconditional one. progress(columns_done, columns): called after every column; if what it returns is true,
+    generation ends, with -1 for the codes that are not known yet.
+    """
+    device = lm.emb.weight.device
+    B, K = len(seeds), lm.config.n_q
+    rows = max(B, passes[0].batch)
+    assert rows in (B, 2 * B), f"{rows} conditions for {B} items"
+    codes = torch.full((B, K, T), -1, device=device)                        # -1: not known yet
+    T0 = 0 if prompt is None else prompt.shape[-1]
+    if T0:
+        codes[..., :T0] = prompt.to(device)
+    sequence, real = lm.pattern.build(codes, lm.special)                    # (B, K, S), (K, S)
+    S = sequence.shape[-1]
+    uniform = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        uniform.append(torch.rand(S, K, generator=generator))
+    uniform = torch.stack(uniform).to(device)                               # (B, S, K)
+    caches = [lm.new_cache(rows, S + conditions.prefix_length) for conditions in passes]
 
-    def ask_to_stop(number, frame):
-        interrupted.append(number)
-        signal.signal(number, signal.default_int_handler)   # the second Ctrl-C ends it at once
-    if args.keep_partial:
-        signal.signal(signal.SIGINT, ask_to_stop)
-    codes = model.generate_codes(texts, [path and chroma[path] for path in melodies], prompt, args.duration, seeds,
-                                 args.guidance, args.two_step, args.temperature, args.top_k, args.top_p,
-                                 progress=True, interrupted=interrupted)
-    if not codes.shape[-1]:
-        raise UserError("interrupted before the first frame was whole: nothing is written")
-    wav = model.decode(codes, args.duration)
-    for i, out in enumerate(outs):
-        write_audio(out, wav[i], model.sample_rate)
-        if args.save_codes:
-            write_codes(out.with_suffix(".npz"), codes[i])
-        told = describe(args, texts[i], melodies[i], seeds[i], out, model.config)
-        write_atomic(out.with_suffix(".json"), told.encode())
-        print(out)
-    if page:
-        write_page(page, outs, "python sample.py " + shlex.join(argv))
-        print(page)
-    if interrupted:
-        print(f"interrupted: the first {wav.shape[-1] / model.sample_rate:.2f} s are written", file=sys.stderr)
-        sys.exit(130)
+    first = max(1, lm.pattern.first_step(T, T0))
+    previous = 0
+    for s in range(first, S):
+        columns = sequence[..., previous:s].repeat(rows // B, 1, 1)
+        logits = []
+        for conditions, cache in zip(passes, caches):
+            logits.append(lm(columns, conditions, cache)[:, :, -1])
+        logits = torch.cat(logits)                                          # (B or 2B, K, V)
+        if len(logits) == 2 * B:
+            conditional, null = logits.float().chunk(2)
+            logits = guide(conditional, null, guidance)
+        new = draw(logits, uniform[:, s], temperature, top_k, top_p)        # (B, K)
+        new = torch.where(real[:, s], new, lm.special)      # cells of the pattern without a code stay special
+        known = sequence[..., s]
+        sequence[..., s] = torch.where(known == -1, new, known)
+        previous = s
+        if progress is not None and progress(s - first + 1, S - first):
+            break
+    return lm.pattern.revert(sequence, T, lm.special)[0]
 
 
-def output_names(args, texts) -> list[Path]:
-    """Where each item goes. A name made here never meets an existing file; one that was given must be free."""
-    if args.out:
-        out = Path(args.out)
-        outs = [out] if len(texts) == 1 else [out.with_name(f"{out.stem}_{i}{out.suffix}") for i in range(len(texts))]
-        if out.suffix.lower() not in FORMATS:
-            raise UserError(f"--out {out}: the ending tells the format, one of {' '.join(FORMATS)}")
-        taken = [path for o in outs for path in written(o, args) if os.path.lexists(path)]
-        if taken and not args.overwrite:
-            raise UserError(f"--out {out}: {taken[0]} exists; choose another name or add --overwrite")
-        return outs
-    outs = []
-
-    def free(out):
-        return out not in outs and not any(map(os.path.lexists, written(out, args)))
-    for text in texts:
-        stem = re.sub(r"[^\w-]+", "_", text or "music")[:60].strip("_") or "music"
-        names = (Path("samples") / f"{stem}{f'_{n}' if n else ''}.wav" for n in range(10 ** 6))
-        outs.append(next(filter(free, names)))
-    return outs
+def guide(conditional, null, guidance):
+    """Classifier-free guidance: null + guidance * (conditional - null)."""
+    return null + guidance * (conditional - null)
 
 
-def written(out: Path, args) -> list[Path]:
-    """All files that an item makes."""
-    return [out, out.with_suffix(".json")] + [out.with_suffix(".npz")] * args.save_codes
+def draw(logits, uniform, temperature=1.0, top_k=0, top_p=0.0):
+    """Logits (B, K, V) and uniform numbers (B, K) in [0, 1) -> codes (B, K).
 
-
-def describe(args, text, melody, seed, out, config) -> str:
-    """The JSON beside a result: what was asked for, with what settings, and the command that does it again."""
-    apart = ("text", "melody", "seed", "out", "page", "overwrite", "keep_partial")
-    given = {k: v for k, v in vars(args).items() if v is not None and v is not False and k not in apart}
-    item = {name: value for name, value in (("text", text), ("melody", melody)) if value}
-    flags = {**item, **given, "seed": seed, "out": str(out)}
-    said = {k: v for k, v in flags.items() if (k, v) != ("checkpoint", str(DEFAULT_CHECKPOINT))}
-    command = [w for k, v in said.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-    used = {name: given.get(name, getattr(config, key)) for name, key in (
-        ("guidance", "cfg_coef"), ("temperature", "temperature"), ("top_k", "top_k"), ("top_p", "top_p"))}
-    told = {**flags, "settings": used, "torch": torch.__version__, "command": "python sample.py " + shlex.join(command),
-            "config": dataclasses.asdict(config)}
-    return json.dumps(told, indent=1) + "\n"
-
-
-def write_codes(path, codes: torch.Tensor):
-    """Codes (K, T) as .npz, from which a take can be continued."""
-    import io
-    import numpy as np
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, codes=codes.numpy().astype(np.uint16))
-    write_atomic(path, buffer.getvalue())
-
-
-def read_codes(path, config) -> torch.Tensor:
-    """Codes (1, K, T) from a file of --save_codes. Raises UserError when it is none of this model's."""
-    import numpy as np
-    import zipfile
-    try:
-        with zipfile.ZipFile(path) as file:     # a small archive can unpack to anything
-            assert sum(info.file_size for info in file.infolist()) < 2 ** 28, "it claims more than 256 MB"
-        with np.load(path, allow_pickle=False) as file:
-            assert file["codes"].dtype.kind in "iu", "its codes are no integers"
-            codes = torch.from_numpy(file["codes"].astype(np.int64))
-    except Exception as error:  # zipfile, zlib and numpy each have their own
-        raise UserError(f"--continue_from {path}: not a file of --save_codes ({str(error)[:100]})") from None
-    shaped = codes.dim() == 2 and len(codes) == config.n_q and codes.numel() > 0
-    if not (shaped and 0 <= codes.min() <= codes.max() < config.card):
-        raise UserError(f"--continue_from {path}: codes {tuple(codes.shape)} are not {config.n_q} codebooks of "
-                        f"{config.card} entries")
-    return codes[None]
+    Every codebook is drawn independently (MusicGen, equation 4), by inverse transform sampling over the
+    sorted entries: the draw depends on the item's own numbers alone, so a batch, a device or a neighbor
+    cannot change it. Temperature 0 or top_k 1 is greedy.
+    """
+    if temperature < 1e-5 or top_k == 1:
+        return logits.argmax(-1)
+    V = logits.shape[-1]
+    k = min(top_k, V) if top_k else V
+    logits = logits.float() / temperature
+    values, index = logits.topk(k, dim=-1)                                  # sorted
+    cumulative = values.softmax(-1).cumsum(-1)                              # (B, K, k)
+    total = cumulative[..., -1]
+    if top_p:       # the entries before which less than top_p has been collected: the first is always one
+        inside = F.pad(cumulative, (1, -1)) < top_p
+        total = cumulative.masked_fill(~inside, 0.0).amax(-1)
+    target = (uniform * total)[..., None]
+    place = torch.searchsorted(cumulative, target, right=True)
+    place = place.clamp(max=k - 1)
+    return index.gather(-1, place)[..., 0]
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    from sampling.command import main
+    from system.command import run
+    run(main, MusicGen, sys.argv[1:])

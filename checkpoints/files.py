@@ -2,8 +2,8 @@
 
     from checkpoints.files import open_checkpoint, read_tensors, write_tensors
 
-A checkpoint is a directory with config.json and model.safetensors; others' may come in shards or as .bin. What the
-formats of transformers and of the original mean is told in checkpoints/formats.py.
+A checkpoint is a directory with config.json and model.safetensors; those of others may come in shards or as
+.bin. How transformers' and audiocraft's formats differ from ours: codec_formats.py and lm_formats.py.
 """
 import re
 from pathlib import Path
@@ -11,11 +11,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config import UserError, blaming, read_json, write_atomic
+from system.errors import UserError, as_user_error
+from system.files import read_json, write_atomic
+
+SCALE = ".scale"    # beside an int8 matrix: the factor of each of its rows
+
+FORMER_NAMES = (    # parameters that had another name in files of before November 2026
+    (r"(^|\.)heads\.", r"\1lm_heads."),
+    (r"(^|\.)layers\.(\d+)\.cross\.", r"\1layers.\2.cross_attn."),
+)
+
+
+def current_name(name: str) -> str:
+    """Today's name of a parameter in a file of ours."""
+    for former, current in FORMER_NAMES:
+        name = re.sub(former, current, name)
+    return name
 
 
 def open_checkpoint(name) -> Path:
-    """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> its directory."""
+    """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> directory."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -23,8 +38,8 @@ def open_checkpoint(name) -> Path:
         raise UserError(f"{name}: neither a directory nor a Hugging Face id such as facebook/musicgen-melody")
     from huggingface_hub import snapshot_download
     small = ["*.json", "*.model", "*.txt"]
-    with blaming(f"{name}: not a directory here, and the Hugging Face hub did not give it; check the name and the "
-                 "network, or name a directory"):
+    with as_user_error(f"{name}: not a directory here, and the Hugging Face hub did not give it; check the "
+                       "name and the network, or name a directory"):
         directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.safetensors"]))
         if not any(directory.glob("*.safetensors")):  # an older upload
             directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.bin"]))
@@ -34,8 +49,8 @@ def open_checkpoint(name) -> Path:
 def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
     """Yields (name without prefix, tensor) for all tensors under prefix; floating ones become dtype if given.
 
-    From model.safetensors or pytorch_model.bin, in one file or in shards with an index, or the original's
-    state_dict.bin. Nothing in the files is executed. Raises UserError naming the file that is missing or damaged.
+    From model.safetensors or pytorch_model.bin, in one file or in shards with an index, or audiocraft's
+    state_dict.bin. Nothing in the files is executed. Raises UserError naming the missing or damaged file.
     """
     for path in _weight_files(Path(directory)):
         for name, tensor in _tensors_of(path, prefix):
@@ -53,36 +68,40 @@ def _weight_files(directory: Path) -> list[Path]:
             return [directory / name]
         if index.is_file():
             names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or any(Path(str(n)).name != n or len(n) > 255 for n in names.values()):
+            valid = isinstance(names, dict) and all(Path(str(n)).name == n for n in names.values())
+            if not valid or any(len(n) > 255 for n in names.values()):
                 raise UserError(f"{index}: its weight_map must name files beside it")
             return [directory / n for n in sorted(set(names.values()))]
     raise UserError(f"{directory}: has no model.safetensors, pytorch_model.bin or state_dict.bin")
 
 
 def _tensors_of(path, prefix: str):
-    """Of a safetensors file only what is under prefix: a codec need not read the language model it is stored with.
+    """Of a safetensors file only what is under prefix: a codec need not read the language model beside it.
 
-    The file is opened anew for every few tensors: what has been read of an open one counts as memory taken."""
+    The file is opened anew for every few tensors: what has been read of an open one counts as memory taken.
+    """
     if path.suffix == ".safetensors":
         from safetensors import safe_open
-        with blaming(f"{path}: damaged, or not a safetensors file"):
+        with as_user_error(f"{path}: damaged, or not a safetensors file"):
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith(prefix)]
             for i in range(0, len(names), 8):
                 with safe_open(path, framework="pt") as file:
                     yield from ((name, file.get_tensor(name)) for name in names[i:i + 8])
     else:
-        tensors = read_original(path)[0] if path.name == "state_dict.bin" else read_pickle(path)
-        yield from ((name, tensors.pop(name)) for name in list(tensors))    # each is free once it has been taken over
+        tensors = read_audiocraft(path)[0] if path.name == "state_dict.bin" else read_pickle(path)
+        for name in list(tensors):      # each is free once it has been taken over
+            yield name, tensors.pop(name)
 
 
 def read_pickle(path) -> dict:
-    """A .bin file of torch.save: tensors and plain values only, no code is run. Raises UserError naming it."""
-    with blaming(f"{path}: damaged, or more than plain tensors"):
+    """A .bin file of torch.save: tensors and plain values, no code is run. Raises UserError naming it."""
+    with as_user_error(f"{path}: damaged, or more than plain tensors"):
         value = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(value, dict), f"it holds a {type(value).__name__}"
         for tensor in _tensors_in(value):  # strides of 0 make much of little, until something copies it
-            assert tensor.nbytes <= tensor.untyped_storage().nbytes(), "a tensor claims more numbers than it has"
+            stored = tensor.untyped_storage().nbytes()
+            assert tensor.nbytes <= stored, "a tensor claims more numbers than it has"
         return value
 
 
@@ -93,12 +112,12 @@ def _tensors_in(value):
         yield from _tensors_in(inner)
 
 
-def read_original(path) -> tuple[dict, dict]:
-    """(tensors by name, configuration) of state_dict.bin or compression_state_dict.bin of the original."""
+def read_audiocraft(path) -> tuple[dict, dict]:
+    """(tensors by name, configuration) of audiocraft's state_dict.bin or compression_state_dict.bin."""
     value = read_pickle(path)
     if "pretrained" in value:
         return {}, {"pretrained": str(value["pretrained"])}
-    with blaming(f"{path}: needs best_state and a YAML xp.cfg"):
+    with as_user_error(f"{path}: needs best_state and a YAML xp.cfg"):
         import yaml
         config, state = yaml.safe_load(value["xp.cfg"]), value["best_state"]
         state = state.get("model", state)
@@ -106,11 +125,32 @@ def read_original(path) -> tuple[dict, dict]:
         return state, config
 
 
+def is_audiocraft(directory, name: str) -> bool:
+    """Whether to read `name` of audiocraft's format: a clone from the hub holds transformers' format too."""
+    others = [*directory.glob("model*.safetensors"), *directory.glob("pytorch_model*.bin")]
+    return (directory / name).is_file() and not others
+
+
+def look_up(tree: dict, path: str, where, *default, depth=0):
+    """The value at "a.b.c" of audiocraft's configuration, where "${channels}" stands for that of channels."""
+    value = tree
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value or depth > 9:
+            if default:
+                return default[0]
+            raise UserError(f"{where}: its configuration lacks {path}")
+        value = value[key]
+    reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    if reference:
+        return look_up(tree, reference[1], where, *default, depth=depth + 1)
+    return value
+
+
 def load_strict(module: nn.Module, tensors: dict, where):
     """Makes the tensors the module's own, without a copy. Raises UserError listing all that does not fit."""
     own = module.state_dict()
     problems = {
-        "missing": own.keys() - tensors.keys(), "surplus": tensors.keys() - own.keys(),
+        "missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys(),
         "wrong shape": [f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
                         for name in own.keys() & tensors.keys() if tensors[name].shape != own[name].shape],
         "wrong type": [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in
@@ -133,5 +173,11 @@ def write_tensors(path, tensors: dict, metadata: dict | None = None):
     """Writes a safetensors file; the whole file or nothing."""
     from safetensors.torch import save_file
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with blaming(f"{path}: cannot be written"):  # a full disk is an error of safetensors' own
+    with as_user_error(f"{path}: cannot be written"):  # a full disk is an error of safetensors' own
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata or {"format": "pt"}))
+
+
+def quantize_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """(..., rows, columns) -> int8 of the same shape, and the scale (..., rows) that brings it back."""
+    scale = weight.abs().amax(-1).float().clamp(min=1e-12) / 127
+    return (weight / scale[..., None]).round_().to(torch.int8), scale

@@ -5,50 +5,44 @@
     python train.py config/tiny.py
 
 The architecture is config/melody.py's: melody and text in front, delay pattern, guidance. What differs helps
-so small a model in so short a run: a T5 of words trained along instead of t5-base, positions that give a melody frame
-the time of the music it belongs to, as rotations and as quiet sinusoids, normalised queries and keys, and Muon.
+so small a model in so short a run: a small T5 with a vocabulary of words, trained along, instead of t5-base;
+rotary positions that give a melody frame the time of the music it belongs to, beside quiet sinusoids;
+normalized queries and keys; and Muon.
 """
-task = "lm"
 out_dir = "out/tiny"
-data_dir = "data/prepared"
-sample_rate = 16000
+sample_rate = 16_000
 segment_duration = 5.12        # s: 256 frames
-start_p = 0.7                  # the embedded clips begin on a bar line: from there a tempo says when things will sound
+start_p = 0.7                  # clips begin on a bar line: only from there does a tempo say when notes begin
 codec = "out/tiny_codec"
-ratios = (5, 4, 4, 4)
-n_q = 4
+ratios = (5, 4, 4, 4)          # config/tiny_codec.py
 card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
-stem = "hpss"                  # of what a user gives; the data set brings its melodies alone
-melody_dropout = 0.5           # these play from text alone: tempo is learnt from the words then
-n_eval_wavs = 100
+stem = "hpss"                  # for what a user gives; the melodies of the training set have no accompaniment
+melody_dropout = 0.5           # without a melody, the tempo is learned from the words
 
-t5 = "words"                   # read from bytes, the text tells next to nothing for the first thousand updates
-t5_words = ("flute violin fiddle guitar acoustic plucked organ pipe church clarinet trumpet bell glockenspiel chime "
-            "piano synth synthesizer lead drums drum bass no without unaccompanied alone solo slow gentle unhurried "
-            "leisurely medium moderate mid walking fast lively quick brisk calm peaceful sad melancholic warm friendly "
-            "thoughtful serious happy cheerful restless energetic major minor folk classical hymn carol 73 74 75 76 77 "
-            "97 98 99 100 101 102 103 146 147 148 149 150 151 152 153 154")
-t5_dim = 128
-t5_layers = 2
-t5_heads = 4
+t5 = "words"                   # t5 = "bytes" learns next to nothing from text in the first thousand updates
+t5_words = ("flute violin fiddle guitar acoustic plucked organ pipe church clarinet trumpet bell "
+            "glockenspiel chime piano synth synthesizer lead drums drum bass no without unaccompanied alone "
+            "solo slow gentle unhurried leisurely medium moderate mid walking fast lively quick brisk calm "
+            "peaceful sad melancholic warm friendly thoughtful serious happy cheerful restless energetic "
+            "major minor folk classical hymn carol 73 74 75 76 77 97 98 99 100 101 102 103 146 147 148 149 "
+            "150 151 152 153 154")
 word_dropout = 0.05
 merge_text_p = 0.1
 drop_desc_p = 0.3
-drop_other_p = 0.5
 
 dim = 256
 num_heads = 4
 num_layers = 6
 dropout = 0.1
 positional_embedding = "sin_rope"
-positional_scale = 0.1         # as loud as the embeddings are at first
+positional_scale = 0.1         # as large as the embeddings are at first
 qk_layer_norm = True
 cfg_dropout = 0.1
 early_weight = 4.0             # whether there are drums, and how fast, is decided within the first second
-history_dropout = 0.8          # what has sounded tells the instrument better than any caption: at times it may not
-melody_delay = 0.01            # with guidance 3 notes come 20 ms early, more or less
+history_dropout = 0.8          # past codes predict the instrument better than any caption: hide them at times
+melody_delay = 0.01            # with guidance 3 notes come about 20 ms early
 
 batch_size = 8
 epochs = 48
@@ -58,7 +52,6 @@ optim = "muon"
 lr = 0.02
 weight_decay = 0.0
 warmup = 50
-ema_decay = 0.99
 ema_every = 1
 valid_every = 500
 valid_batches = 8

@@ -3,20 +3,19 @@
     python data/tunes.py --out data/tunes
     python train.py config/tiny_codec.py
 
-The same EnCodec at an eighth of the width. What differs from config/encodec.py, because the run is short:
+The same EnCodec at a quarter of the width. What differs from config/encodec.py, because the run is short:
 spectral losses alone (no discriminator), Muon, a start without the quantizer, and a last part in which the
 decoder alone is tuned on frozen codes.
 """
 task = "codec"
 out_dir = "out/tiny_codec"
 data_dir = "data/tunes"
-sample_rate = 16000
+sample_rate = 16_000
 segment_duration = 1.0         # s
 n_filters = 16
 ratios = (5, 4, 4, 4)          # 320 samples a frame
 dimension = 64
 lstm = 1
-n_q = 4
 card = 512
 q_dropout = True
 
@@ -38,9 +37,7 @@ updates_per_epoch = 1000
 optim = "muon"
 lr = 0.02
 weight_decay = 0.0
-max_norm = 1.0
 warmup = 50
-ema_decay = 0.99
 ema_every = 1
 valid_every = 500
 valid_batches = 4

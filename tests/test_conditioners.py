@@ -1,21 +1,20 @@
-"""Conditioning: null conditions, fusion, and the random draws of training.
+"""Conditioners: null conditions, the four ways into the language model, padding, and T5.
 
     python -m pytest tests/test_conditioners.py
 """
 import dataclasses
-from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conditioners import Conditioners, T5Conditioner, augment_description, drop_conditions, null_melody, word_dropout
+from conditioners import Conditioners, Conditions, T5Conditioner, null_melody, padding_last
 from config import Config
 from lm import LMModel
 
-TINY = Config(dim=16, num_heads=2, num_layers=1, t5="bytes", t5_dim=16, t5_heads=2, sample_rate=8000, ratios=(8, 5, 4),
-              radix2_exp=9, segment_duration=0.25)
+TINY = Config(dim=16, num_heads=2, num_layers=1, t5="bytes", t5_dim=16, t5_heads=2, sample_rate=8000,
+              ratios=(8, 5, 4), radix2_exp=9, segment_duration=0.25)
+M = TINY.chroma_frames
 
 
 def conditioners(**options):
@@ -23,173 +22,164 @@ def conditioners(**options):
     return Conditioners(dataclasses.replace(TINY, **options)).eval()
 
 
-def chroma(*classes):
-    return F.one_hot(torch.tensor(classes)[:, None].expand(-1, TINY.chroma_frames), 12).float()
+def melody(pitch_class):
+    """Chroma (M, Q) of one held note."""
+    return F.one_hot(torch.full((M,), pitch_class), 12).float()
 
+
+# --- null conditions --------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_null_text_is_zeros_of_the_length_it_replaces():
     c = conditioners()
-    frames, mask = c.text(["abc", "", None])
+    frames, mask, _ = c.text(["abc", "", None])
     assert mask.sum(1).tolist() == [4, 1, 1] and (frames[1:] == 0).all() and (frames[0] != 0).any(1).all()
-    both = c(["abc", ""], chroma(1, 2), guidance=True)
-    M = TINY.chroma_frames
-    assert both.prefix.shape[0] == 4 and torch.equal(both.prefix_mask[:2], both.prefix_mask[2:])
+    both = c({"text": ["abc", ""], "melody": [melody(1), melody(2)]}, guidance=True)
+    assert both.prefix.shape[0] == both.batch == 4
+    assert torch.equal(both.prefix_mask[:2], both.prefix_mask[2:])
     assert (both.prefix[2:] == 0).all() and (both.prefix[:2, :M] != 0).any()
 
 
 @torch.no_grad()
 def test_both_null_melodies():
-    """Training: zeros. The generation wrapper of the original: one-hot C in every frame, projected."""
+    """Training: zeros. Audiocraft's wrapper for generation: one-hot C in every frame, projected."""
     proj = torch.nn.Linear(12, 16)
-    given, has = chroma(5, 5), torch.tensor([True, False])
-    zeros, c = (null_melody(proj, given, has, kind) for kind in ("zeros", "c"))
-    assert (zeros[1] == 0).all() and torch.equal(c[1], proj(chroma(0)[0]))
-    assert torch.equal(zeros[0], proj(given[0])) and torch.equal(c[0], zeros[0])
-    for kind in ("zeros", "c"):     # no melody at all is the null melody, at the length of training
-        conditions = conditioners(null_melody=kind, text="none")([None])
-        assert conditions.prefix.shape[1] == TINY.chroma_frames
+    chroma, given = torch.stack([melody(5), melody(5)]), torch.tensor([True, False])
+    zeros, c = (null_melody(proj, chroma, given, kind) for kind in ("zeros", "c"))
+    assert (zeros[1] == 0).all() and torch.equal(c[1], proj(melody(0)))
+    assert torch.equal(zeros[0], proj(chroma[0])) and torch.equal(c[0], zeros[0])
+    for kind in ("zeros", "c"):     # where no item has one, too, at the length of training
+        conditions = conditioners(null_melody=kind, text="none")({"text": [None], "melody": [None]})
+        assert conditions.prefix.shape[1] == conditions.prefix_length == M and conditions.prefix_mask.all()
         assert bool((conditions.prefix == 0).all()) == (kind == "zeros")
 
 
 @torch.no_grad()
+def test_guidance_is_the_items_and_then_the_items_without_conditions():
+    texts, melodies = ["abc", None], [None, melody(4)]
+    for options in ({}, dict(text="cross"), dict(text="sum", melody="interpolate"), dict(null_melody="c")):
+        c = conditioners(**options)
+        both = c({"text": texts, "melody": melodies}, 9, guidance=True)
+        alone = c({"text": texts, "melody": melodies}, 9)
+        without = c({"text": [None] * 2, "melody": [None] * 2}, 9)
+        for name in ("prefix", "cross", "added"):
+            found, items, null = (getattr(conditions, name) for conditions in (both, alone, without))
+            if found is not None:
+                torch.testing.assert_close(found[:2], items)
+                n = null.shape[1]       # the null text of the doubled batch is longer, by zeros
+                torch.testing.assert_close(found[2:, :n], null)
+                assert (found[2:, n:] == 0).all()
+
+
+def test_no_condition_at_all():
+    conditions = conditioners(text="none", melody="none")({"text": ["abc"], "melody": [None]})
+    assert conditions == Conditions() and conditions.batch == 1 and conditions.prefix_length == 0
+
+
+# --- the ways into the model ------------------------------------------------------------------------------
+
+@torch.no_grad()
 def test_fusion():
-    texts, melody = ["abc", "de"], chroma(3, 4)
+    conditions = {"text": ["abc", "de"], "melody": [melody(3), melody(4)]}
     c = conditioners()
-    text, mask = c.text(texts)
-    wave = c.melody(melody, torch.tensor([True, True]))
-    prepended = c(texts, melody)
-    torch.testing.assert_close(prepended.prefix, torch.cat([wave, text], 1))    # melody first, then text
+    text, wave = c.text(conditions["text"]), c.melody(conditions["melody"])
+    prepended = c(conditions)
+    torch.testing.assert_close(prepended.prefix, torch.cat([wave.values, text.values], 1))   # melody first
+    assert torch.equal(prepended.prefix_mask, torch.cat([wave.mask, text.mask], 1))
     assert prepended.cross is None and prepended.added is None
-    crossed = conditioners(text="cross")(texts, melody)
-    assert crossed.prefix.shape[1] == wave.shape[1]
-    torch.testing.assert_close(crossed.cross, text)
-    assert torch.equal(crossed.cross_mask, mask)
-    summed = conditioners(text="sum", melody="none")(texts)
-    torch.testing.assert_close(summed.added, torch.stack([text[0, :4].mean(0), text[1, :3].mean(0)])[:, None])
+    crossed = conditioners(text="cross")(conditions)
+    assert crossed.prefix.shape[1] == M
+    torch.testing.assert_close(crossed.cross, text.values)
+    assert torch.equal(crossed.cross_mask, text.mask)
+    summed = conditioners(text="sum", melody="none")(conditions)
+    means = torch.stack([text.values[0, :4].mean(0), text.values[1, :3].mean(0)])
+    torch.testing.assert_close(summed.added, means[:, None])
     c = conditioners(text="none", melody="interpolate")
-    stretched, wave = c(texts, melody, steps=23), c.melody(melody, torch.tensor([True, True]))
-    expected = F.interpolate(wave.transpose(1, 2), 23).transpose(1, 2)          # the original's op
+    stretched, wave = c(conditions, 23), c.melody(conditions["melody"]).values
+    expected = F.interpolate(wave.transpose(1, 2), 23).transpose(1, 2)          # as audiocraft does it
     torch.testing.assert_close(stretched.added, expected)
 
 
-META = dict(description="A tune...", key="d minor", bpm=104.0, moods=["calm", "sad"], instrument="flute", title="Secret", genre=None)
+def test_a_melody_has_the_time_of_its_music_and_a_text_comes_before():
+    prefix = conditioners()({"text": ["abc"], "melody": [melody(3)]})
+    columns = TINY.hop / TINY.stride
+    assert prefix.prefix_time.tolist() == pytest.approx([m * columns for m in range(M)] + [-1, -2, -3, -4])
 
 
-def test_augmentation_follows_the_originals_rules():
-    rng = np.random.default_rng(0)
-    config = dataclasses.replace(TINY, merge_text_p=0.25, drop_desc_p=0.5, drop_other_p=0.5)
-    texts = [augment_description(META, config, rng) for _ in range(8000)]
-    plain = sum(t == "A tune." for t in texts) / 8000
-    lost = sum(t is None or not t.startswith("A tune.") for t in texts) / 8000
-    assert abs(plain - (0.75 + 0.25 * 0.5 * 0.5 ** 4)) < 0.02 and abs(lost - 0.125) < 0.015
-    merged = [t for t in texts if t and "bpm" in t]
-    assert abs(len(merged) / 8000 - 0.125) < 0.015 and any("bpm: 104.0" in t for t in merged)
-    assert any("moods: calm, sad" in t for t in texts if t) and not any("Secret" in t for t in texts if t)
-    first = Counter(t.removeprefix("A tune. ").split(":")[0] for t in merged)
-    assert len(first) == 4, "fields are shuffled"
+# --- padding ----------------------------------------------------------------------------------------------
 
-    never = dataclasses.replace(config, merge_text_p=0.0)
-    assert augment_description(META, never, rng) == "A tune..."         # switched off: untouched
-    keep = dataclasses.replace(config, merge_text_p=1.0, drop_desc_p=0.0, drop_other_p=1.0)   # a probability of KEEPING
-    assert set(augment_description(META, keep, rng).split(". ")[1:]) == {
-        "key: d minor", "bpm: 104.0", "moods: calm, sad", "instrument: flute"}
-    assert augment_description({}, keep, rng) is None
-    assert augment_description(dict(description="Hey!"), config, np.random.default_rng(1)) == "Hey!."
-    assert META["description"] == "A tune..."
+def test_padding_moves_behind_and_every_frame_finds_its_way_back():
+    """Random masks, the first of them full; three frames of music follow the prefix."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(5, 7, generator=generator) < 0.6
+    mask[0] = True
+    x, angles = torch.randn(5, 10, 4, generator=generator), torch.randn(5, 10, 2, generator=generator)
+    real = F.pad(mask, (0, 3), value=True)
+    moved, moved_angles, way_back = padding_last(x, angles, mask)
+    for item in range(5):
+        count = int(real[item].sum())
+        assert torch.equal(moved[item, :count], x[item, real[item]]), "what an item has, in its order"
+        assert torch.equal(moved[item, count:], x[item, ~real[item]]), "then the padding"
+        assert torch.equal(moved_angles[item, :count], angles[item, real[item]])
+    assert torch.equal(moved.gather(1, way_back[..., None].expand_as(moved)), x)
+    assert torch.equal(moved[0], x[0]) and padding_last(x, None, mask)[1] is None
 
 
-def test_word_dropout():
-    rng = np.random.default_rng(0)
-    text = " ".join(map(str, range(1000)))
-    kept = word_dropout(text, 0.3, rng).split(" ")
-    assert abs(len(kept) - 700) < 50 and sorted(kept, key=int) == kept
-    assert word_dropout(text, 0.0, rng) == text and word_dropout(None, 0.5, rng) is None
-    assert word_dropout("all gone", 1.0, rng) is None
-
-
-def test_condition_dropout_has_both_rates_and_follows_its_seed():
-    config = dataclasses.replace(TINY, cfg_dropout=0.2, melody_dropout=0.5)
-
-    def draws(seed, config=config):
-        rng = np.random.default_rng(seed)
-        return [drop_conditions("text", True, config, rng) for _ in range(8000)]
-    texts, melodies = zip(*draws(0))
-    assert abs(texts.count(None) / 8000 - 0.2) < 0.015
-    assert abs(sum(melodies) / 8000 - 0.8 * 0.5) < 0.02
-    assert all(text for text, melody in zip(texts, melodies) if melody), "all conditions are dropped together"
-    assert draws(0) == draws(0) and draws(0) != draws(1)
-    other = [t for t, _ in draws(0, dataclasses.replace(config, melody_dropout=0.0))]
-    assert other == list(texts), "one rate does not change the other's outcome"
-    assert drop_conditions("text", False, config, np.random.default_rng(0))[1] is False
-
-
-def test_nothing_is_dropped_in_evaluation():
-    """Batches of training (train.py) and of validation from the same tracks: only the former lose conditions."""
-    from data.segments import TokenSegments
-    data = TokenSegments.__new__(TokenSegments)
-    data.config = dataclasses.replace(TINY, segment_duration=0.25, word_dropout=0.5, cfg_dropout=0.2, melody_dropout=0.5, merge_text_p=0.5)
-    T, M = data.config.segment_frames, data.config.chroma_frames
-    meta = dict(description="a slow and sad flute", key="d minor")
-    track = dict(file="a", shard=0, codes_start=0, frames=T, chroma_start=0, chroma_frames=M, weight=1, meta=meta)
-    data.tracks, data.sums, data.T, data.grid = [track, dict(track, file="b")], np.array([1.0, 2.0]), T, 10 ** 6
-    data.shards = [(np.zeros((T, 4), np.uint16), np.full(M, 3, np.uint8))]
-    for train in (False, True):
-        items = [data.item(np.random.default_rng(n), train) for n in range(200)]
-        texts, melodies = {item["text"] for item in items}, {bool(item["has_melody"]) for item in items}
-        if train:
-            assert len(texts) > 20 and None in texts and melodies == {False, True}
-            again = [data.item(np.random.default_rng(n), train)["text"] for n in range(200)]
-            assert again == [item["text"] for item in items], "the draws follow the seed"
-        else:
-            assert texts == {"a slow and sad flute"} and melodies == {True}
-
+# --- T5 ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [dict(t5="bytes"), dict(t5="words", t5_words="slow flute drums 104")])
 def test_small_t5s_read_as_the_tokenizer_that_is_exported_with_them(options):
     text = T5Conditioner(dataclasses.replace(TINY, **options)).eval()
     texts = ["A slow FLUTE, over drums (104 bpm)", "", "jazz at 104", "x" * 900, "slow " * 900]
     ids, mask = text.tokenize(texts)
-    theirs = text.tokenizer()(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
-    assert torch.equal(ids, theirs["input_ids"]) and torch.equal(mask, theirs["attention_mask"].bool())
+    exported = text.tokenizer()(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
+    assert torch.equal(ids, exported["input_ids"]) and torch.equal(mask, exported["attention_mask"].bool())
     with torch.no_grad():
-        a, b, c = (text([words])[0] for words in ("jazz 104", "rock 104", "jazz flute"))
+        a, b, c = (text([words]).values for words in ("jazz 104", "rock 104", "jazz flute"))
     assert torch.equal(a, b) == (options["t5"] == "words") and a.shape != c.shape or not torch.equal(a, c)
 
 
-def test_a_t5_is_frozen_or_trained_along(tmp_path):
-    """t5_finetune: its weights are parameters, get gradients, and are saved; frozen, none of it."""
+@pytest.fixture
+def pretrained_t5(tmp_path):
+    """A directory of transformers with a T5 encoder and its tokenizer."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
     torch.manual_seed(0)
-    T5EncoderModel(T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "flute": 2, "slow": 3}, unk_token="</s>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(tmp_path / "t5")
-    for finetune in (False, True):
-        torch.manual_seed(1)
-        lm = LMModel(dataclasses.replace(TINY, t5=str(tmp_path / "t5"), t5_finetune=finetune, melody="none"))
-        text = lm.conditioner.text.train()
-        output, mask = text(["flute", None])
-        output.square().sum().backward()
-        assert text.proj.weight.grad.any() and mask.shape == (2, 1) and (output[1] == 0).all()
-        if finetune:
-            assert text.t5.shared.weight.grad.any()
-            text.eval()     # T5 has dropout
-            with torch.no_grad():
-                text.t5.shared.weight += 1
-                changed = text(["flute"])[0]
-            lm.save(tmp_path / "saved")
-            again = LMModel.from_pretrained(tmp_path / "saved").conditioner.text
-            with torch.no_grad():
-                torch.testing.assert_close(again(["flute"])[0], changed)
-                assert (changed - output[:1]).abs().max() > 0.01
-        else:
-            assert not [name for name in lm.state_dict() if "t5" in name]
-            assert not any(p.requires_grad for p in text.encoder().parameters())
+    config = T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+    words = {"<pad>": 0, "</s>": 1, "flute": 2, "slow": 3}
+    inner = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    return str(tmp_path / "t5")
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_a_t5_is_frozen_or_trained_along(pretrained_t5, tmp_path, finetune):
+    """t5_finetune: its weights are parameters, get gradients, and are saved; frozen, none of it."""
+    torch.manual_seed(1)
+    lm = LMModel(dataclasses.replace(TINY, t5=pretrained_t5, t5_finetune=finetune, melody="none"))
+    text = lm.conditioner.text.train()
+    output, mask, _ = text(["flute", None])
+    output.square().sum().backward()
+    assert text.proj.weight.grad.any() and mask.shape == (2, 1) and (output[1] == 0).all()
+    if not finetune:
+        assert not [name for name in lm.state_dict() if "t5" in name]
+        assert not any(p.requires_grad for p in text.encoder().parameters())
+        return
+    assert text.t5.shared.weight.grad.any()
+    text.eval()     # T5 has dropout
+    with torch.no_grad():
+        text.t5.shared.weight += 1
+        changed = text(["flute"]).values
+        lm.save(tmp_path / "saved")
+        again = LMModel.from_pretrained(tmp_path / "saved").conditioner.text
+        torch.testing.assert_close(again(["flute"]).values, changed)
+        assert (changed - output[:1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("text", ["word " * 4000, "naïve ♪ 音楽", "\n\t\"'", "x"])
 @torch.no_grad()
 def test_any_text_is_taken(text):
-    frames, mask = conditioners().text([text])
+    frames, mask, _ = conditioners().text([text])
     assert frames.isfinite().all() and mask.all() and frames.shape[1] <= 512

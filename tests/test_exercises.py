@@ -1,4 +1,4 @@
-"""The exercises of the README: each check refuses the code as it is, and accepts the solution, which is short.
+"""The exercises: each check refuses the code as it is, and accepts the solution, which is short.
 
     python -m pytest tests/test_exercises.py
 """
@@ -10,49 +10,58 @@ from pathlib import Path
 
 import pytest
 
-from helpers import forked
+from commands import forked
+from constants import ROOT
 
-ROOT = Path(__file__).parent.parent
-PATCHES = sorted((ROOT / "tests" / "exercises").glob("*.patch"))
-MISSING = {"1_pattern": "anchor", "2_tempo": "tempo", "3_rotary": "rope_counted", "4_guidance": "text_guidance", "5_stride": "slow_codec.py"}
-MODULES = {path.stem for path in ROOT.glob("*.py")} | {"data", "checkpoints", "prepare", "tunes"}
+MISSING = {     # exercise -> what the check misses in the code as it is
+    "1_pattern": "anchor",
+    "2_tempo": "tempo",
+    "3_rotary": "rope_counted",
+    "4_guidance": "text_guidance",
+    "5_stride": "slow_codec.py",
+    "6_loudness": "loudness",
+}
+EXERCISES = ROOT / "tests" / "exercises"
+FOLDERS = "checkpoints config data evaluation sampling speed system training".split()
+MODULES = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
 
 
 def solve(argv):
     """Runs a check as `python path` does, but for torch, which this child of the tests has loaded already."""
-    for name in [name for name in sys.modules if name.partition(".")[0] in MODULES]:
-        del sys.modules[name]
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "data")]
+    for name in list(sys.modules):
+        if name.partition(".")[0] in MODULES:
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
     runpy.run_path(argv[0], run_name="__main__")
 
 
-@pytest.fixture(scope="module")
-def copies(tmp_path_factory):
-    """Copies of the code, one for each exercise."""
-    made = {}
-    for patch in PATCHES:
-        made[patch.stem] = tmp_path_factory.mktemp(patch.stem)
-        for name in ("*.py", "*.c", "config/*.py", "data/*.py", "checkpoints/*.py", "tests/exercises/*"):
-            for file in ROOT.glob(name):
-                (made[patch.stem] / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, made[patch.stem] / file.relative_to(ROOT))
-    return made
+@pytest.fixture()
+def copy(tmp_path):
+    """A copy of the code and the exercises."""
+    for pattern in ("*.py", "speed/*.c", "tests/exercises/*.py", *(f"{name}/*.py" for name in FOLDERS)):
+        for file in ROOT.glob(pattern):
+            target = tmp_path / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+    return tmp_path
 
 
-def test_there_are_five():
-    assert [patch.stem for patch in PATCHES] == [p.stem for p in sorted((ROOT / "tests" / "exercises").glob("*.py"))]
-    assert len(PATCHES) == 5
+def test_there_are_six():
+    assert sorted(path.stem for path in EXERCISES.glob("*.py")) == sorted(MISSING)
+    assert sorted(path.stem for path in EXERCISES.glob("*.patch")) == sorted(MISSING)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="patches are applied with git")
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
-def test_exercise(copies, patch):
-    check, folder = str(copies[patch.stem] / "tests" / "exercises" / f"{patch.stem}.py"), copies[patch.stem]
-    unsolved = forked(solve, check, cwd=folder)
-    assert unsolved.code != 0 and "solved" not in unsolved.out and MISSING[patch.stem] in unsolved.err, unsolved
-    changed = [line for line in patch.read_text().splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+@pytest.mark.parametrize("name", MISSING)
+def test_exercise(copy, name):
+    check, patch = copy / "tests" / "exercises" / f"{name}.py", EXERCISES / f"{name}.patch"
+    unsolved = forked(solve, check, cwd=copy)
+    assert unsolved.code != 0 and "solved" not in unsolved.out and MISSING[name] in unsolved.err, unsolved
+    lines = patch.read_text().splitlines()
+    changed = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     assert 0 < len(changed) < 30, f"{len(changed)} changed lines"
     # a patch that no longer fits is made anew by hand: the code it changes has moved
-    subprocess.run(["git", "apply", patch], cwd=folder, check=True, env={"GIT_CEILING_DIRECTORIES": str(folder.parent), "PATH": "/usr/bin:/bin"})
-    solved = forked(solve, check, cwd=folder)
+    environment = {"GIT_CEILING_DIRECTORIES": str(copy.parent), "PATH": "/usr/bin:/bin"}
+    subprocess.run(["git", "apply", patch], cwd=copy, check=True, env=environment)
+    solved = forked(solve, check, cwd=copy)
     assert solved.code == 0 and "solved" in solved.out, solved

@@ -1,38 +1,55 @@
-"""Optimizers of train.py against golden numbers and their own properties.    python -m pytest tests/test_optim.py"""
-import copy
-from pathlib import Path
+"""Learning rate, optimizers and average of the weights: audiocraft's numbers and their own properties.
 
-import numpy as np
+    python -m pytest tests/test_optim.py
+"""
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from deviations import near
-from train import EMA, DAdaptAdam, Muon, cosine_lr, orthogonalize
+from deviations import golden, near
+from train import EMA, DAdaptAdam, cosine_lr
+from training.muon import Muon, orthogonalize
 
-GOLDEN = Path(__file__).parent / "golden"
 
+def golden_variant(name: str, variant: str) -> dict:
+    """The arrays of tests/golden/NAME.npz, those of a variant without its name in front."""
+    return {key.removeprefix(f"{variant}."): value for key, value in golden(name).items()}
+
+
+# --- learning rate ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("variant", ["a", "b"])
+def test_cosine_equals_that_of_audiocraft(variant):
+    g = golden_variant("cosine", variant)
+    total, warmup = int(g["total_steps"]), int(g["warmup_steps"])
+    lr_min_ratio, cycle_length, base = (float(g[key]) for key in ("lr_min_ratio", "cycle_length", "base_lr"))
+    factors = [cosine_lr(n, total, warmup, lr_min_ratio, cycle_length) for n in range(len(g["lr"]))]
+    near("cosine schedule", "audiocraft", [base * factor for factor in factors], g["lr"], 1e-6)
+
+
+# --- D-Adaptation -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("variant", ["wd0", "wd01", "growth"])
-def test_dadapt_adam_equals_golden(variant):
-    z = np.load(GOLDEN / "dadam.npz")
-    get = lambda key: z[f"{variant}.{key}"]  # noqa: E731
-    params = [nn.Parameter(torch.tensor(get(f"param{i}.init"))) for i in range(3)]
-    optimizer = DAdaptAdam(params, lr=1.0, betas=(float(get("beta1")), float(get("beta2"))), eps=float(get("eps")),
-                           weight_decay=float(get("weight_decay")), d0=float(get("d0")),
-                           growth_rate=float(get("growth_rate")))
-    for step in range(int(z["num_steps"])):
-        optimizer.param_groups[0]["lr"] = float(get("lr")[step])
+def test_dadapt_adam_equals_that_of_audiocraft(variant):
+    g = golden_variant("dadam", variant)
+    params = [nn.Parameter(g[f"param{i}.init"].clone()) for i in range(3)]
+    settings = {key: float(g[key]) for key in ("eps", "weight_decay", "d0", "growth_rate")}
+    optimizer = DAdaptAdam(params, lr=1.0, betas=(float(g["beta1"]), float(g["beta2"])), **settings)
+    for update in range(int(g["num_steps"])):
+        optimizer.param_groups[0]["lr"] = float(g["lr"][update])
         for i, p in enumerate(params):
-            p.grad = torch.tensor(get(f"param{i}.grad")[step])
+            p.grad = g[f"param{i}.grad"][update].clone()
         optimizer.step()
         d = float(optimizer.param_groups[0]["d"])
-        near("D-Adaptation Adam, d of every step", "original", d, get("d")[step], 1e-5)
-        if (step + 1) % int(z["save_every"]) == 0:
+        near("D-Adaptation Adam, d of every update", "audiocraft", d, g["d"][update], 1e-5)
+        if (update + 1) % int(g["save_every"]) == 0:
             for i, p in enumerate(params):
-                value, start = get(f"param{i}.value")[step // int(z["save_every"])], get(f"param{i}.init")
-                near("D-Adaptation Adam, weights", "original", p, value, 5e-6)
-                near("D-Adaptation Adam, way of the weights", "original", p.detach().numpy() - start, value - start, 5e-4)
+                value, start = g[f"param{i}.value"][update // int(g["save_every"])], g[f"param{i}.init"]
+                near("D-Adaptation Adam, weights", "audiocraft", p, value, 5e-6)
+                moved = p.detach() - start
+                near("D-Adaptation Adam, way of the weights", "audiocraft", moved, value - start, 5e-4)
 
 
 def test_dadapt_adam_does_nothing_at_rate_zero_or_before_the_first_gradient():
@@ -44,7 +61,8 @@ def test_dadapt_adam_does_nothing_at_rate_zero_or_before_the_first_gradient():
     optimizer.param_groups[0]["lr"] = 1.0
     p.grad = torch.zeros(3)
     optimizer.step()
-    assert torch.equal(p, torch.ones(3)) and float(optimizer.param_groups[0]["d"]) == float(torch.tensor(1e-6))
+    assert torch.equal(p, torch.ones(3))
+    assert optimizer.param_groups[0]["d"] == torch.tensor(1e-6)
 
 
 def test_dadapt_adam_finds_the_distance_and_resumes_from_its_state():
@@ -52,12 +70,12 @@ def test_dadapt_adam_finds_the_distance_and_resumes_from_its_state():
     goal = torch.randn(50)
     p, q = nn.Parameter(torch.zeros(50)), nn.Parameter(torch.zeros(50))
     first, second = DAdaptAdam([p], betas=(0.9, 0.99)), DAdaptAdam([q], betas=(0.9, 0.99))
-    for step in range(400):
-        if step == 100:
+    for update in range(400):
+        if update == 100:
             second.load_state_dict(copy.deepcopy(first.state_dict()))
             q.data.copy_(p.data)
-        for weights, optimizer in ((p, first), (q, second))[: 1 + (step >= 100)]:
-            optimizer.param_groups[0]["lr"] = cosine_lr(step, 400, 0)
+        for weights, optimizer in ((p, first), (q, second))[:1 + (update >= 100)]:
+            optimizer.param_groups[0]["lr"] = cosine_lr(update, 400, 0)
             weights.grad = weights.detach() - goal
             optimizer.step()
     assert torch.equal(p, q)
@@ -69,24 +87,26 @@ def test_dadapt_adam_refuses_half_precision_weights():
         DAdaptAdam([nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))])
 
 
+# --- average of the weights -------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("variant", ["unbiased", "plain"])
-def test_ema_equals_golden(variant):
-    z = np.load(GOLDEN / "ema.npz")
+def test_ema_equals_that_of_audiocraft(variant):
+    g = golden_variant("ema", variant)
     module = nn.Linear(2, 3)
-    module.weight = nn.Parameter(torch.tensor(z[f"{variant}.weight.init"]))
-    module.bias = nn.Parameter(torch.tensor(z[f"{variant}.bias.init"]))
-    module.register_buffer("running", torch.tensor(z[f"{variant}.running.init"]))
+    module.weight = nn.Parameter(g["weight.init"].clone())
+    module.bias = nn.Parameter(g["bias.init"].clone())
+    module.register_buffer("running", g["running.init"].clone())
     module.register_buffer("steps", torch.zeros((), dtype=torch.long))
     module.register_buffer("cache", torch.zeros(2), persistent=False)
-    ema = EMA(module, float(z[f"{variant}.decay"]), bool(z[f"{variant}.unbias"]))
+    ema = EMA(module, float(g["decay"]), bool(g["unbias"]))
     assert set(ema.average) == {"weight", "bias", "running"}
-    for step in range(int(z["num_updates"])):
+    for update in range(int(g["num_updates"])):
         for name in ema.average:
-            getattr(module, name).data.copy_(torch.tensor(z[f"{variant}.{name}.value"][step]))
+            getattr(module, name).data.copy_(g[f"{name}.value"][update])
         ema.update()
-        assert abs(ema.count - z[f"{variant}.count"][step]) < 1e-4
+        assert abs(ema.count - g["count"][update]) < 1e-4
         for name, average in ema.average.items():
-            near("EMA", "original", average, z[f"{variant}.{name}.ema"][step], 5e-6)
+            near("EMA", "audiocraft", average, g[f"{name}.ema"][update], 5e-6)
 
 
 def test_ema_swaps_in_and_out_even_when_the_block_fails():
@@ -107,27 +127,21 @@ def test_ema_without_decay_is_the_module_itself():
     ema.update()
     with ema.swap():
         assert (module.weight == 3).all()
-    assert (module.weight == 3).all() and ema.average["weight"].data_ptr() == module.weight.data_ptr(), "no memory of its own"
+    assert (module.weight == 3).all()
+    assert ema.average["weight"].data_ptr() == module.weight.data_ptr(), "no memory of its own"
 
 
-@pytest.mark.parametrize("variant", ["a", "b"])
-def test_cosine_equals_golden(variant):
-    z = np.load(GOLDEN / "cosine.npz")
-    get = lambda key: z[f"{variant}.{key}"]  # noqa: E731
-    ours = [cosine_lr(step, int(get("total_steps")), int(get("warmup_steps")), float(get("lr_min_ratio")),
-                      float(get("cycle_length"))) * float(get("base_lr")) for step in range(len(get("lr")))]
-    near("cosine schedule", "original", ours, get("lr"), 1e-6)
+# --- Muon -------------------------------------------------------------------------------------------------
 
-
-def test_muon_update_is_nearly_orthogonal_and_every_row_moves_alike():
+@pytest.mark.parametrize("shape", [(24, 8, 3), (8, 24), (16, 16), (32, 8)])
+def test_muon_update_is_nearly_orthogonal_and_every_row_moves_alike(shape):
     torch.manual_seed(0)
-    for shape in ((24, 8, 3), (8, 24), (16, 16), (32, 8)):
-        singular = torch.linalg.svdvals(orthogonalize(torch.randn(shape).flatten(1)))
-        assert singular.max() < 1.3 and singular.median() > 0.6
-        p = nn.Parameter(torch.zeros(shape))
-        p.grad = torch.randn(shape) * 1e-3
-        Muon([p], lr=0.02).step()
-        assert (p.detach().flatten(1).norm(dim=1).mean() / 0.02 - 1).abs() < 0.3
+    singular = torch.linalg.svdvals(orthogonalize(torch.randn(shape).flatten(1)))
+    assert singular.max() < 1.3 and singular.median() > 0.6
+    p = nn.Parameter(torch.zeros(shape))
+    p.grad = torch.randn(shape) * 1e-3
+    Muon([p], lr=0.02).step()
+    assert (p.detach().flatten(1).norm(dim=1).mean() / 0.02 - 1).abs() < 0.3
 
 
 def test_muon_keeps_the_length_of_weight_norm_directions():

@@ -15,11 +15,13 @@ import pytest
 import soundfile
 import torch
 
+from commands import command, refused, sampling, worked
+from constants import RATE, tone
+from tools import page
 
-import page as P
-from helpers import RATE, command, refused, sampling, tone, world, worked  # noqa: F401
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+BROWSERS = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome",
+                                            "google-chrome-stable")]
+BROWSER = next(filter(None, BROWSERS), None)
 EVIL = """</pre><script>document.title = "evil"</script> "quoted" 'text' & <b>"""
 
 
@@ -28,8 +30,8 @@ def made(world, tmp_path_factory):
     """A page of two results and their melody, and the folder of the results."""
     folder = tmp_path_factory.mktemp("page")
     soundfile.write(folder / "tune <1>.wav", tone(1.0), RATE)
-    result = sampling(world, "--text", "a slow flute", "--text", EVIL, "--melody", folder / "tune <1>.wav", "--duration", "0.5",
-                      "--out", folder / "take.wav", "--page", folder / "page")
+    result = sampling(world, "--text", "a slow flute", "--text", EVIL, "--melody", folder / "tune <1>.wav",
+                      "--duration", "0.5", "--out", folder / "take.wav", "--page", folder / "page")
     worked(result)
     assert result.out.split("\n")[2] == str(folder / "page" / "index.html")
     return folder
@@ -54,106 +56,134 @@ class Reader(html.parser.HTMLParser):
     def handle_data(self, data):
         self.text += data
 
+    def attributes(self, wanted: str) -> list[dict]:
+        return [attributes for tag, attributes in self.tags if tag == wanted]
 
-def read(folder):
-    return Reader((folder / "page" / "index.html").read_text(encoding="utf-8"))
+
+def source_of(folder) -> str:
+    return (folder / "index.html").read_text(encoding="utf-8")
 
 
-def content(uri):
+def read(folder) -> Reader:
+    return Reader(source_of(folder))
+
+
+def content(uri: str) -> bytes:
     return base64.b64decode(uri.partition(";base64,")[2])
 
 
 def test_page_holds_everything(made):
     """Every source is inside the page, and the players play the files that were written."""
-    page = read(made)
-    assert not page.open
-    sources = [a[key] for _, a in page.tags for key in ("src", "href") if key in a]
+    reader = read(made / "page")
+    assert not reader.open
+    sources = [a[key] for _, a in reader.tags for key in ("src", "href") if key in a]
     assert sources and all(source.startswith("data:") for source in sources)
-    assert not re.search(r"https?:|@import|url\(", (made / "page" / "index.html").read_text(encoding="utf-8"))
-    sounds = [soundfile.read(io.BytesIO(content(a["src"]))) for tag, a in page.tags if tag == "audio"]
+    assert not re.search(r"https?:|@import|url\(", source_of(made / "page"))
+    sounds = [soundfile.read(io.BytesIO(content(audio["src"]))) for audio in reader.attributes("audio")]
     assert len(sounds) == 3 and all(rate == RATE for _, rate in sounds)
-    for (wav, _), name in zip(sounds[1:], ("take_0.wav", "take_1.wav")):
+    for (wav, _), name in zip(sounds, ("tune <1>.wav", "take_0.wav", "take_1.wav")):
         assert np.abs(wav - soundfile.read(made / name)[0]).max() < 1e-4
-    assert np.abs(sounds[0][0] - soundfile.read(made / "tune <1>.wav")[0]).max() < 1e-4
-    assert sum(tag == "img" for tag, _ in page.tags) == 2 + 3 + 3       # of the melody; of each result, with what was asked for
-    for told in ("a slow flute", EVIL, "tune <1>.wav", "seed 1", "guidance", "python sample.py"):
-        assert told in page.text, told
+    # of the melody; of each result, with what was asked for
+    assert len(reader.attributes("img")) == 2 + 3 + 3
+    for part in ("a slow flute", EVIL, "tune <1>.wav", "seed 1", "guidance", "python sample.py"):
+        assert part in reader.text, part
 
 
 def test_text_is_not_markup(made):
-    assert sum(tag == "script" for tag, _ in read(made).tags) == 1
+    assert len(read(made / "page").attributes("script")) == 1
 
 
 def test_page_is_not_overwritten(made, world, tmp_path):
-    before = (made / "page" / "index.html").read_bytes()
-    refused(sampling(world, "--text", "x", "--out", tmp_path / "x.wav", "--page", made / "page"), "--page", "--overwrite")
-    assert (made / "page" / "index.html").read_bytes() == before and not (tmp_path / "x.wav").exists()
+    before = source_of(made / "page")
+    result = sampling(world, "--text", "x", "--out", tmp_path / "x.wav", "--page", made / "page")
+    refused(result, "--page", "--overwrite")
+    assert source_of(made / "page") == before and not (tmp_path / "x.wav").exists()
 
 
 def test_page_of_files(made, tmp_path):
-    """data/page.py makes the same page of results that are there; what is no result is refused."""
-    worked(command(P.main, tmp_path / "again", made / "take_0.wav", made / "take_1.wav"))
-    again = Reader((tmp_path / "again" / "index.html").read_text(encoding="utf-8"))
-    assert [t for t in again.tags if t[0] == "img"] == [t for t in read(made).tags if t[0] == "img"]
-    refused(command(P.main, tmp_path / "other", made / "tune <1>.wav"), "tune <1>.json")
+    """tools/page.py makes the same page of results that are there; what is no result is refused."""
+    worked(command(page.main, tmp_path / "again", made / "take_0.wav", made / "take_1.wav"))
+    assert read(tmp_path / "again").attributes("img") == read(made / "page").attributes("img")
+    refused(command(page.main, tmp_path / "other", made / "tune <1>.wav"), "tune <1>.json")
     (tmp_path / "odd.json").write_text("{}")
-    refused(command(P.main, tmp_path / "other", tmp_path / "odd.wav"), "not written by sample.py")
+    refused(command(page.main, tmp_path / "other", tmp_path / "odd.wav"), "not written by sample.py")
     assert not (tmp_path / "other").exists()
 
 
 def test_result_without_melody(world, tmp_path):
-    worked(sampling(world, "--out", tmp_path / "x.wav", "--duration", "0.2", "--page", tmp_path / "page", checkpoint="text"))
-    page = read(tmp_path)
-    assert sum(tag == "audio" for tag, _ in page.tags) == 1 and sum(tag == "img" for tag, _ in page.tags) == 2
+    worked(sampling(world, "--out", tmp_path / "x.wav", "--duration", "0.2", "--page", tmp_path / "page",
+                    checkpoint="text"))
+    reader = read(tmp_path / "page")
+    assert len(reader.attributes("audio")) == 1 and len(reader.attributes("img")) == 2
+
+
+def chunks_of(png: bytes) -> dict[bytes, bytes]:
+    """The parts of a PNG file by kind, their checksums verified."""
+    chunks, place = {}, 8
+    while place < len(png):
+        size, kind = int.from_bytes(png[place:place + 4], "big"), png[place + 4:place + 8]
+        end = place + 8 + size
+        chunks[kind] = png[place + 8:end]
+        assert zlib.crc32(kind + chunks[kind]) == int.from_bytes(png[end:end + 4], "big")
+        place = end + 4
+    return chunks
 
 
 def test_png():
-    """The picture decodes to what was drawn: size, first row on top, colours at both ends."""
+    """The picture decodes to what was drawn: size, first row on top, colors at both ends."""
     values = np.array([[0.0, 1.0, 2.0], [0.5, -1.0, 0.0]])
-    data = P.png(values, ((10, 20, 30), (200, 100, 50)))
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, place = {}, 8
-    while place < len(data):
-        size, kind = int.from_bytes(data[place:place + 4], "big"), data[place + 4:place + 8]
-        chunks[kind] = data[place + 8:place + 8 + size]
-        assert zlib.crc32(kind + chunks[kind]) == int.from_bytes(data[place + 8 + size:place + 12 + size], "big")
-        place += 12 + size
+    png = page.png(values, ((10, 20, 30), (200, 100, 50)))
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks = chunks_of(png)
     assert chunks[b"IHDR"] == bytes([0, 0, 0, 3, 0, 0, 0, 2, 8, 3, 0, 0, 0])
-    rows, palette = zlib.decompress(chunks[b"IDAT"]), np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)
-    drawn = np.frombuffer(rows, np.uint8).reshape(2, 4)
-    assert drawn[:, 0].tolist() == [0, 0] and drawn[0, 1:].tolist() == [0, 63, 63] and drawn[1, 2:].tolist() == [0, 0]
-    assert palette[0].tolist() == [10, 20, 30] and palette[63].tolist() == [200, 100, 50] and abs(int(palette[drawn[1, 1]][0]) - 105) <= 2
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(2, 4)
+    palette = np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)
+    assert rows[:, 0].tolist() == [0, 0]
+    assert rows[0, 1:].tolist() == [0, 63, 63] and rows[1, 2:].tolist() == [0, 0]
+    assert palette[0].tolist() == [10, 20, 30] and palette[63].tolist() == [200, 100, 50]
+    assert abs(int(palette[rows[1, 1]][0]) - 105) <= 2
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.05, 40.0])
 def test_spectrogram_shows_the_pitch(seconds):
     """A tone of 1 kHz is brightest where 1 kHz is; any length fits the page."""
-    rows = P.spectrogram(torch.from_numpy(tone(seconds, 16000, frequency=1000.0).T), 16000)
-    assert rows.shape[0] == P.HEIGHT and rows.shape[1] <= P.WIDTH + 1 and rows.max() == 1
+    wav = torch.from_numpy(tone(seconds, 16000, frequency=1000.0).T)
+    rows = page.spectrogram(wav, 16000)
+    assert rows.shape[0] == page.HEIGHT and rows.shape[1] <= page.WIDTH + 1 and rows.max() == 1
     if seconds > 0.01:
-        mel = [np.log(1 + hz / 700) for hz in (60, 1000, 6000)]
-        assert abs(rows.mean(1).argmax() - (1 - (mel[1] - mel[0]) / (mel[2] - mel[0])) * (P.HEIGHT - 1)) < 4
+        low, middle, high = (np.log(1 + hz / 700) for hz in (60, 1000, 6000))
+        row = (1 - (middle - low) / (high - low)) * (page.HEIGHT - 1)
+        assert abs(rows.mean(1).argmax() - row) < 4
+
+
+CHECK = """<script>
+  const audios = [...document.querySelectorAll("audio")];
+  const images = [...document.querySelectorAll("img")];
+  const loaded = audio => new Promise((yes, no) => {
+    if (audio.readyState > 1) yes();
+    audio.onloadeddata = yes;
+    audio.onerror = no;
+  });
+  const report = state => document.body.setAttribute("data-state", state);
+  Promise.all([...audios.map(loaded), ...images.map(image => image.decode())]).then(() => {
+    const place = document.querySelector(".seek"), box = place.getBoundingClientRect();
+    place.dispatchEvent(new MouseEvent("click", { clientX: box.left + box.width / 2, bubbles: true }));
+    report(["works", audios.map(audio => audio.duration.toFixed(2)), audios[0].currentTime.toFixed(2),
+      Math.min(...images.map(image => image.naturalWidth)) > 0, document.title,
+      document.documentElement.scrollWidth <= innerWidth].join(" "));
+  }, error => report("fails " + error));
+</script></body>"""
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=420,800",
+         "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000", "--dump-dom"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here; apt-get install chromium")
 def test_in_a_browser(made, tmp_path):
-    """A headless browser, without network, decodes every sound and picture; a click in a picture moves the player."""
-    check = """<script>
-      const audios = [...document.querySelectorAll("audio")], images = [...document.querySelectorAll("img")];
-      Promise.all([...audios.map(a => new Promise((yes, no) => { if (a.readyState > 1) yes(); a.onloadeddata = yes; a.onerror = no })),
-                   ...images.map(i => i.decode())]).then(() => {
-        const place = document.querySelector(".seek"), box = place.getBoundingClientRect();
-        place.dispatchEvent(new MouseEvent("click", { clientX: box.left + box.width / 2, bubbles: true }));
-        document.body.setAttribute("data-state", ["works", audios.map(a => a.duration.toFixed(2)), audios[0].currentTime.toFixed(2),
-          Math.min(...images.map(i => i.naturalWidth)) > 0, document.title,
-          document.documentElement.scrollWidth <= innerWidth].join(" "));
-      }, error => document.body.setAttribute("data-state", "fails " + error));
-    </script></body>"""
-    text = (made / "page" / "index.html").read_text(encoding="utf-8").replace("</body>", check)
-    (tmp_path / "page.html").write_text(text, encoding="utf-8")
-    result = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=420,800",
-                             "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000",
-                             "--dump-dom", f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120)
+    """A headless browser, offline, decodes every sound and picture; a click in one moves the player."""
+    path = tmp_path / "page.html"
+    path.write_text(source_of(made / "page").replace("</body>", CHECK), encoding="utf-8")
+    argv = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"file://{path}"]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     state = re.search('data-state="([^"]*)"', result.stdout)
     assert state, result.stderr[-2000:]
     assert state[1] == "works 1.00,0.50,0.50 0.50 true nanoMusicGen: 2 pieces of music true", state[1]

@@ -1,20 +1,19 @@
-"""Codebook patterns against the original's numbers, and what must hold for any pattern.
+"""Codebook patterns against audiocraft's numbers, and what must hold for any pattern.
 
     python -m pytest tests/test_patterns.py
 """
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 import patterns
-from config import Config, UserError
-from deviations import same
-from patterns import (CoarseFirstPattern, DelayPattern, MusicLMPattern, ParallelPattern, UnrollPattern, from_config)
+from config import Config
+from deviations import golden, same
+from patterns import (CoarseFirstPattern, DelayPattern, MusicLMPattern, ParallelPattern, UnrollPattern,
+                      from_config)
+from system.errors import UserError
 
-ROOT = Path(__file__).parent.parent
-GOLDEN = np.load(ROOT / "tests/golden/patterns.npz")
+GOLDEN = golden("patterns")
+CODES, SPECIAL = GOLDEN["codes"], int(GOLDEN["special_token"])      # (B, K, T)
 PATTERNS = {
     "delay": DelayPattern((0, 1, 2, 3)),
     "parallel": ParallelPattern(4),
@@ -31,38 +30,32 @@ PATTERNS = {
 }
 
 
-def golden(name):
-    return torch.from_numpy(np.asarray(GOLDEN[name]))
-
-
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("keep", [False, True])
-def test_equals_the_original(name, keep):
-    pattern, codes, special = PATTERNS[name], golden("codes"), int(GOLDEN["special_token"])
-    T, prefix = codes.shape[2], f"{name}.keep{int(keep)}"
+def test_equals_audiocraft(name, keep):
+    pattern, T, prefix = PATTERNS[name], CODES.shape[2], f"{name}.keep{int(keep)}"
 
-    sequence, mask = pattern.build(codes, special, keep)
-    same("patterns", "original", sequence, golden(f"{prefix}.seq"))
-    same("patterns", "original", mask, golden(f"{prefix}.mask").bool())
+    sequence, mask = pattern.build(CODES, SPECIAL, keep)
+    same("patterns", "audiocraft", sequence, GOLDEN[f"{prefix}.seq"])
+    same("patterns", "audiocraft", mask, GOLDEN[f"{prefix}.mask"].bool())
 
     reverted, mask = pattern.revert(sequence, T, -1, keep)
-    same("patterns", "original", reverted, golden(f"{prefix}.rev_codes"))
-    same("patterns", "original", mask, golden(f"{prefix}.rev_mask").bool())
+    same("patterns", "audiocraft", reverted, GOLDEN[f"{prefix}.rev_codes"])
+    same("patterns", "audiocraft", mask, GOLDEN[f"{prefix}.rev_mask"].bool())
 
-    logits = golden(f"{prefix}.logits").permute(0, 2, 3, 1)  # the original keeps V second
+    logits = GOLDEN[f"{prefix}.logits"].permute(0, 2, 3, 1)     # audiocraft keeps V second
     realigned, mask = pattern.revert_logits(logits, T, keep, fill=-100.)
-    same("patterns", "original", realigned.permute(0, 3, 1, 2), golden(f"{prefix}.rev_logits"))
-    same("patterns", "original", mask, golden(f"{prefix}.rev_logits_mask").bool())
+    same("patterns", "audiocraft", realigned.permute(0, 3, 1, 2), GOLDEN[f"{prefix}.rev_logits"])
+    same("patterns", "audiocraft", mask, GOLDEN[f"{prefix}.rev_logits_mask"].bool())
     assert torch.equal(pattern.revert_logits(logits, T, keep)[0].isnan().all(-1)[0], ~mask)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_prompt_and_first_step_equal_the_original(name):
-    pattern, codes, special = PATTERNS[name], golden("codes"), int(GOLDEN["special_token"])
-    T, short = codes.shape[2], int(GOLDEN["short_T"])
-    sequence, mask = pattern.build(codes[:, :, :short], special, T=T)
-    same("patterns", "original", sequence, golden(f"{name}.short_seq"))
-    same("patterns", "original", mask, golden(f"{name}.short_mask").bool())
+def test_prompt_and_first_step_equal_audiocraft(name):
+    pattern, T, short = PATTERNS[name], CODES.shape[2], int(GOLDEN["short_T"])
+    sequence, mask = pattern.build(CODES[:, :, :short], SPECIAL, T=T)
+    same("patterns", "audiocraft", sequence, GOLDEN[f"{name}.short_seq"])
+    same("patterns", "audiocraft", mask, GOLDEN[f"{name}.short_mask"].bool())
     assert len(pattern.layout(T)) == pattern.steps(T) == int(GOLDEN[f"{name}.S"])
     assert pattern.steps(T, keep_only_valid_steps=True) == GOLDEN[f"{name}.keep1.seq"].shape[2]
     assert [pattern.first_step(T, t) for t in range(T)] == GOLDEN[f"{name}.first_step"].tolist()
@@ -95,12 +88,12 @@ def test_every_code_has_one_cell_in_order_of_time(name, T):
     assert torch.equal(back, codes) and mask.all()
 
 
-def test_shorter_sequence_is_reverted_as_far_as_it_goes():
-    pattern, codes = PATTERNS["delay"], golden("codes")
-    sequence, _ = pattern.build(codes, 1024)
-    back, mask = pattern.revert(sequence[:, :, :6], codes.shape[2], -1)
+def test_a_shorter_sequence_is_reverted_as_far_as_it_goes():
+    pattern = PATTERNS["delay"]
+    sequence, _ = pattern.build(CODES, 1024)
+    back, mask = pattern.revert(sequence[:, :, :6], CODES.shape[2], -1)
     assert mask.sum(1).tolist() == [5, 4, 3, 2]
-    assert torch.equal(back[:, mask], codes[:, mask])
+    assert torch.equal(back[:, mask], CODES[:, mask])
     assert (back[:, ~mask] == -1).all()
 
 
@@ -117,11 +110,11 @@ def test_gradient_reaches_exactly_the_logits_that_are_read():
 
 
 def test_misuse_is_caught():
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="4 codebooks, not 3"):
         PATTERNS["delay"].build(torch.zeros(1, 3, 5, dtype=torch.long), 7)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError):     # a prompt longer than the whole
         PATTERNS["delay"].build(torch.zeros(1, 4, 5, dtype=torch.long), 7, T=4)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="one delay"):
         UnrollPattern((0, 1, 1), (0, 1, 2)).layout(3)
 
 

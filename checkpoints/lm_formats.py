@@ -1,0 +1,354 @@
+"""Language models in other formats: the released weights as transformers and as audiocraft store them.
+
+    ours    <- names and numbers ->    transformers    |    audiocraft (best_state and xp.cfg)
+
+The table LM_NAMES says which of our tensors is which of theirs. It is also the best map from the names here
+to those in audiocraft's code. Every number of the architecture comes from the checkpoint's own configuration.
+`LMModel.from_pretrained` and `LMModel.save` come here.
+"""
+import itertools
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+from checkpoints.codec_formats import export_codec
+from checkpoints.files import (SCALE, current_name, is_audiocraft, listed, look_up, quantize_rows,
+                               read_audiocraft, read_tensors, write_tensors)
+from config import Config
+from system.errors import UserError
+from system.files import read_json, write_atomic
+
+# Two names of one table of T5.
+TIED = ("conditioner.text.t5.shared.weight", "conditioner.text.t5.encoder.embed_tokens.weight")
+
+# Where we pack tensors that others keep apart, theirs are one for each codebook {k}, or q, k and v, in packed
+# order. * stands for a layer: see LAYER_NAMES.
+LM_NAMES = [
+    # ours                        transformers                              audiocraft
+    ("emb.weight",                "decoder.model.decoder.embed_tokens.{k}.weight", "emb.{k}.weight"),
+    ("*norm1.{p}",                "*self_attn_layer_norm.{p}",              "*norm1.{p}"),
+    ("*attn.qkv.weight",          "*self_attn.{qkv}_proj.weight",           "*self_attn.in_proj_weight"),
+    ("*attn.out.weight",          "*self_attn.out_proj.weight",             "*self_attn.out_proj.weight"),
+    ("*norm_cross.{p}",           "*encoder_attn_layer_norm.{p}",           "*norm_cross.{p}"),
+    ("*cross_attn.qkv.weight",    "*encoder_attn.{qkv}_proj.weight",      "*cross_attention.in_proj_weight"),
+    ("*cross_attn.out.weight",    "*encoder_attn.out_proj.weight",        "*cross_attention.out_proj.weight"),
+    ("*norm2.{p}",                "*final_layer_norm.{p}",                  "*norm2.{p}"),
+    ("*ff1.weight",               "*fc1.weight",                            "*linear1.weight"),
+    ("*ff2.weight",               "*fc2.weight",                            "*linear2.weight"),
+    ("out_norm.{p}",              "decoder.model.decoder.layer_norm.{p}",   "out_norm.{p}"),
+    ("lm_heads.weight",           "decoder.lm_heads.{k}.weight",            "linears.{k}.weight"),
+    ("conditioner.text.proj.{p}", "enc_to_dec_proj.{p}",
+     "condition_provider.conditioners.description.output_proj.{p}"),
+    ("conditioner.melody.proj.{p}", "audio_enc_to_dec_proj.{p}",
+     "condition_provider.conditioners.self_wav.output_proj.{p}"),
+]
+LAYER_NAMES = ("layers.{n}.", "decoder.model.decoder.layers.{n}.", "transformer.layers.{n}.")
+# What a checkpoint holds beside the language model; the last is a window of the STFT.
+NOT_THE_LM = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_positions.",
+              "condition_provider.conditioners.self_wav.chroma.")
+
+
+# --- tensors ----------------------------------------------------------------------------------------------
+
+def read_tensors_for(lm, directory, origin: str, dtype) -> dict:
+    """Our names -> tensors of a model directory, for the LMModel `lm` on the meta device.
+
+    origin: as `read_config` says. dtype: None keeps that of the file; with torch.int8, matrices that are int8
+    in `lm` are quantized as they are read: little more memory is taken than they need. Raises UserError.
+    """
+    own = lm.state_dict()
+    rest = torch.float32 if dtype == torch.int8 else dtype
+    int8 = {name for name, tensor in own.items() if tensor.dtype == torch.int8}
+    if origin == "ours":
+        tensors = read_ours(directory, rest, int8)
+    else:
+        found = ((n, t) for n, t in read_tensors(directory) if not n.startswith(NOT_THE_LM))
+        if origin == "transformers":
+            found = itertools.chain(found, identity_projections(lm).items())
+        shapes = {name: tensor.shape for name, tensor in own.items()}
+        tensors = pack(found, name_table(lm, origin == "audiocraft"), shapes, rest, directory, int8)
+    if int8:
+        tensors = {name.replace(".weight" + SCALE, SCALE): tensor for name, tensor in tensors.items()}
+    if rest is not None:        # norms and embeddings of a model that computes in float32
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and name in own:
+                tensors[name] = tensor.to(own[name].dtype)
+    return tensors
+
+
+def read_ours(directory, dtype, int8: set) -> dict:
+    """Tensors of a directory of ours, whose matrices may be stored as int8 with a scale for each row."""
+    tensors = {}
+    for name, tensor in read_tensors(directory):
+        name = current_name(name)
+        if name in int8 and tensor.is_floating_point() and tensor.dim() == 2:
+            tensor, tensors[name + SCALE] = quantize_rows(tensor)
+        if dtype is not None and tensor.is_floating_point() and not name.endswith(SCALE):
+            # for int8 a copy: nothing may hold on to the file, whose pages count as memory
+            tensor = tensor.to(dtype, copy=bool(int8))
+        tensors[name] = tensor
+    for name in [name for name in tensors if name + SCALE in tensors]:
+        weight, scale = tensors[name], tensors[name + SCALE]
+        if scale.shape != weight.shape[:1] or not scale.is_floating_point():
+            raise UserError(f"{directory}: {name} is {tuple(weight.shape)}, its scale {tuple(scale.shape)}; "
+                            f"damaged")
+        if name not in int8:
+            del tensors[name + SCALE]
+            tensors[name] = (weight * scale[:, None]).to(dtype or torch.float32)
+    if TIED[0] in tensors:
+        tensors.setdefault(TIED[1], tensors[TIED[0]])
+    return tensors
+
+
+def write_lm(lm, directory, compact: bool):
+    """Writes config.json and model.safetensors of an LMModel, without a frozen T5, which config.json names.
+
+    compact: matrices as int8 with a scale for each row, the rest as float16; a quarter of the size.
+    """
+    tensors = {re.sub(r"\.scale$", ".weight" + SCALE, name): t for name, t in lm.state_dict().items()}
+    tensors.pop(TIED[1], None)
+    for name, tensor in list(tensors.items()) if compact else ():
+        if tensor.dim() == 2 and tensor.is_floating_point():
+            tensors[name], tensors[name + SCALE] = quantize_rows(tensor)
+        elif tensor.is_floating_point() and not name.endswith(SCALE):
+            tensors[name] = tensor.half()
+    write_tensors(Path(directory) / "model.safetensors", tensors)
+    lm.config.save(Path(directory) / "config.json")
+
+
+def name_table(lm, audiocraft: bool) -> dict[str, list[str]]:
+    """Our tensor names -> the other names of the tensors packed in each, in packed order, for this model."""
+    table, own = {}, lm.state_dict()
+    for row in LM_NAMES:
+        ours, transformers, audiocrafts = (name.replace("*", layer) for name, layer in zip(row, LAYER_NAMES))
+        theirs = audiocrafts if audiocraft else transformers
+        for n in range(lm.config.num_layers) if "{n}" in ours else [0]:
+            for p in ("weight", "bias"):
+                parts = [theirs.format(n=n, p=p, k=k, qkv=qkv) for k in range(lm.config.n_q) for qkv in "qkv"]
+                table[ours.format(n=n, p=p)] = list(dict.fromkeys(parts))
+    return {ours: parts for ours, parts in table.items() if ours in own}
+
+
+def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where, int8=()) -> dict:
+    """An iterable of (other name, tensor) -> our tensors, copied into place one by one as they are read.
+
+    int8: names of ours that are quantized on the way, with their scales beside them.
+    """
+    place = {name: (ours, i) for ours, parts in table.items() for i, name in enumerate(parts)}
+    packed, missing, unexpected, wrong = {}, dict(place), [], []
+    for name, tensor in tensors:
+        if name not in place:
+            unexpected.append(name)
+            continue
+        ours, i = place[name]
+        missing.pop(name, None)
+        rows = shapes[ours][0] // len(table[ours])
+        if tensor.shape != (rows, *shapes[ours][1:]) or not tensor.is_floating_point():
+            wrong.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {(rows, *shapes[ours][1:])}")
+            continue
+        parts = {ours: tensor.to(dtype or tensor.dtype)}
+        if ours in int8:
+            parts = dict(zip((ours, ours + SCALE), quantize_rows(tensor)))
+        for part_name, part in parts.items():
+            packed.setdefault(part_name, torch.empty(shapes[ours][:part.dim()], dtype=part.dtype))
+            packed[part_name][i * rows:(i + 1) * rows] = part
+    if missing or unexpected or wrong:
+        raise UserError(f"{where}: does not fit its configuration; missing: {listed(missing) or 'none'}; "
+                        f"not known: {listed(unexpected) or 'none'}; "
+                        f"of wrong shape or type: {listed(wrong) or 'none'}")
+    return packed
+
+
+def identity_projections(lm) -> dict[str, torch.Tensor]:
+    """Projections that transformers does without, as they would not change the width: identities."""
+    tensors, parts = {}, (lm.conditioner.text, lm.conditioner.melody)
+    for name, part in zip(("enc_to_dec_proj", "audio_enc_to_dec_proj"), parts):
+        if part is not None and part.proj.in_features == lm.config.dim:
+            tensors[f"{name}.weight"] = torch.eye(lm.config.dim)
+            tensors[f"{name}.bias"] = torch.zeros(lm.config.dim)
+    return tensors
+
+
+# --- configurations ---------------------------------------------------------------------------------------
+
+def read_config(directory) -> tuple[Config, str]:
+    """Configuration and origin ("ours", "transformers", "audiocraft") of a model directory."""
+    audiocraft, ours = is_audiocraft(directory, "state_dict.bin"), directory / "config.json"
+    if not audiocraft and not ours.is_file():
+        raise UserError(f"{directory}: no config.json and no state_dict.bin, so no model in a known format")
+    try:
+        if audiocraft:
+            tree = read_audiocraft(directory / "state_dict.bin")[1]
+            return lm_config_from_audiocraft(tree, directory), "audiocraft"
+        if "model_type" in read_json(ours):
+            return lm_config_from_transformers(directory), "transformers"
+        return Config.from_json(ours), "ours"
+    except Exception as error:  # transformers and YAML have errors of all kinds
+        said = " ".join(str(error).split())
+        where = "" if str(directory) in said else f"{directory}: its configuration is none of MusicGen's: "
+        raise UserError(f"{where}{said if isinstance(error, UserError) else said[:150]}") from None
+
+
+def lm_config_from_transformers(directory) -> Config:
+    """Config of a directory that holds transformers' musicgen or musicgen_melody."""
+    from transformers import AutoConfig
+    theirs = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if theirs.model_type not in ("musicgen", "musicgen_melody"):
+        raise UserError(f"{directory}: holds a {theirs.model_type}, not a musicgen or musicgen_melody")
+    decoder, codec = theirs.decoder, theirs.audio_encoder
+    if decoder.activation_function != "gelu" or decoder.scale_embedding:
+        raise UserError(f"{directory}: a decoder with activation {decoder.activation_function}, "
+                        f"scale_embedding {decoder.scale_embedding} is none of MusicGen's (gelu, False)")
+    melody = theirs.model_type == "musicgen_melody"
+    K, channels = decoder.num_codebooks, decoder.audio_channels
+    values = dict(
+        channels=channels, sample_rate=codec.sampling_rate, ratios=tuple(codec.upsampling_ratios),
+        codec=str(directory), text="prepend" if melody else "cross", t5=str(directory), null_melody="c",
+        melody="none", segment_duration=getattr(theirs, "segment_duration", 30.0),
+        extend_stride=getattr(theirs, "extend_stride", 18.0), dim=decoder.hidden_size,
+        num_heads=decoder.num_attention_heads, num_layers=decoder.num_hidden_layers,
+        hidden_scale=decoder.ffn_dim // decoder.hidden_size, n_q=K, card=decoder.vocab_size,
+        delays=tuple(k // channels for k in range(min(K, 65))))
+    if melody:
+        values |= dict(melody="prepend", n_chroma=theirs.num_chroma, chroma_length=theirs.chroma_length)
+        features = directory / "preprocessor_config.json"
+        if features.is_file():
+            values["radix2_exp"] = int(read_json(features).get("n_fft", 16384)).bit_length() - 1
+    return Config(**values)
+
+
+LM_ONLY = {  # where audiocraft's configuration has one of these, it must have this value
+    **{f"transformer_lm.{key}": value for key, value in dict(
+        activation="gelu", norm_first=True, norm="layer_norm", bias_ff=False, bias_attn=False,
+        bias_proj=False, causal=True, past_context=None, layer_scale=None, xpos=False, qk_layer_norm=False,
+        qk_layer_norm_cross=False, kv_repeat=1).items()},
+    "codebooks_pattern.delay.flatten_first": 0, "codebooks_pattern.delay.empty_initial": 0,
+    "fuser.cross_attention_pos_emb": False, "interleave_stereo_codebooks.per_timestep": False,
+    "conditioners.self_wav.chroma_stem.argmax": True}
+
+
+def lm_config_from_audiocraft(theirs: dict, directory) -> Config:
+    """Config from the YAML configuration in audiocraft's state_dict.bin."""
+    def get(path, *default):
+        return look_up(theirs, path, directory, *default)
+
+    for path, value in LM_ONLY.items():
+        if get(path, value) != value:
+            raise UserError(f"{directory}: {path} = {get(path)!r} is not supported, only {value!r}")
+
+    def fusion(name):
+        for way in ("prepend", "cross", "sum", "interpolate"):
+            key = "input_interpolate" if way == "interpolate" else way
+            if name in (get(f"fuser.{key}", None) or []):
+                return way
+        return "none"
+
+    text, melody = (get(f"conditioners.{name}.model", None) for name in ("description", "self_wav"))
+    values = dict(
+        channels=get("channels", 1), sample_rate=get("sample_rate"), codec=str(directory), null_melody="c",
+        segment_duration=float(get("dataset.segment_duration")),
+        text=fusion("description") if text == "t5" else "none",
+        melody=fusion("self_wav") if melody == "chroma_stem" else "none",
+        positional_embedding=get("transformer_lm.positional_embedding", "sin"),
+        positional_scale=float(get("transformer_lm.positional_scale", 1.0)),
+        max_period=float(get("transformer_lm.max_period", 10000)),
+        cfg_coef=float(get("classifier_free_guidance.inference_coef", 3.0)),
+        pattern=get("codebooks_pattern.modeling"),
+        delays=tuple(get("codebooks_pattern.delay.delays", (0, 1, 2, 3))))
+    for key in ("dim", "num_heads", "num_layers", "hidden_scale", "n_q", "card"):
+        values[key] = get(f"transformer_lm.{key}")
+    if values["pattern"] not in ("delay", "parallel"):
+        raise UserError(f"{directory}: codebooks_pattern.modeling = {values['pattern']!r} is not supported, "
+                        f"only delay or parallel")
+    if text == "t5":
+        values["t5"] = get("conditioners.description.t5.name")
+    if melody == "chroma_stem":
+        values |= {key: get(f"conditioners.self_wav.chroma_stem.{key}") for key in ("n_chroma", "radix2_exp")}
+    return Config(**values)
+
+
+# --- for transformers -------------------------------------------------------------------------------------
+
+def export_transformers(lm, codec, directory):
+    """Writes a directory that transformers' Musicgen(Melody)ForConditionalGeneration and processor load.
+
+    lm: an LMModel with its T5; codec: an EncodecModel, not folded. UserError for what transformers lacks.
+    Note that transformers feeds one-hot C where there is no melody: see `conditioners.null_melody`.
+    """
+    directory = Path(directory)
+    check_exportable(lm.config)
+    t5 = lm.conditioner.text.encoder()
+    tensors = exported_tensors(lm)
+    tensors |= {f"text_encoder.{name}": tensor for name, tensor in t5.state_dict().items()
+                if name != "encoder.embed_tokens.weight"}
+    with tempfile.TemporaryDirectory() as temporary:
+        export_codec(codec, temporary)
+        audio_encoder = read_json(Path(temporary) / "config.json")
+        tensors |= {f"audio_encoder.{name}": t for name, t in read_tensors(temporary)}
+    write_tensors(directory / "model.safetensors", tensors)
+    with tempfile.TemporaryDirectory() as temporary:
+        lm.conditioner.text.tokenizer().save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            write_atomic(directory / path.name, path.read_bytes())
+    for name, values in exported_configs(lm.config, t5.config.to_dict(), audio_encoder).items():
+        write_atomic(directory / f"{name}.json", json.dumps(values, indent=1).encode())
+
+
+def check_exportable(c: Config):
+    """Raises UserError where transformers has no class for such a model."""
+    melody = c.melody == "prepend"
+    needed = dict(text="prepend" if melody else "cross", melody="prepend" if melody else "none",
+                  positional_embedding="sin", qk_layer_norm=False, positional_scale=1.0, max_period=10000.0,
+                  pattern="delay", delays=tuple(k // c.channels for k in range(c.n_q)))
+    for name, value in needed.items():
+        if getattr(c, name) != value:
+            raise UserError(f"transformers has no {name} = {getattr(c, name)!r} (only {value!r}), so this "
+                            f"model cannot be exported")
+
+
+def exported_tensors(lm) -> dict:
+    """The language model's tensors under transformers' names."""
+    tensors, ours, D = {}, lm.state_dict(), lm.config.dim
+    for name, parts in name_table(lm, audiocraft=False).items():
+        tensors |= zip(parts, ours[name].chunk(len(parts)))
+    for name, identity in identity_projections(lm).items():
+        if not torch.equal(tensors.pop(name).float().cpu(), identity):
+            raise UserError(f"transformers has no {name.partition('.')[0]} from width {D} to {D}, so this "
+                            f"model cannot be exported")
+    return tensors
+
+
+def exported_configs(c: Config, text_encoder: dict, audio_encoder: dict) -> dict[str, dict]:
+    """File name -> content of the JSON files that transformers reads."""
+    melody = c.melody == "prepend"
+    kind = "MusicgenMelody" if melody else "Musicgen"
+    decoder = dict(
+        model_type="musicgen_melody_decoder" if melody else "musicgen_decoder", vocab_size=c.card,
+        hidden_size=c.dim, num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
+        ffn_dim=c.hidden_scale * c.dim, num_codebooks=c.n_q, audio_channels=c.channels,
+        activation_function="gelu", scale_embedding=False, dropout=0.0, max_position_embeddings=2048,
+        pad_token_id=c.card, bos_token_id=c.card, tie_word_embeddings=False)
+    config = dict(
+        model_type="musicgen_melody" if melody else "musicgen",
+        architectures=[f"{kind}ForConditionalGeneration"],
+        text_encoder=text_encoder, audio_encoder=audio_encoder, decoder=decoder,
+        # transformers has none of these two: for our own reader
+        segment_duration=c.segment_duration, extend_stride=c.extend_stride)
+    generation = dict(
+        do_sample=True, guidance_scale=c.cfg_coef, top_k=c.top_k, temperature=c.temperature,
+        max_length=round(c.segment_duration * c.sample_rate / c.stride), pad_token_id=c.card,
+        bos_token_id=c.card, decoder_start_token_id=c.card)
+    features = dict(
+        feature_extractor_type="EncodecFeatureExtractor", sampling_rate=c.sample_rate,
+        feature_size=c.channels)
+    if melody:
+        config |= dict(num_chroma=c.n_chroma, chroma_length=c.chroma_frames)
+        features = dict(
+            feature_extractor_type="MusicgenMelodyFeatureExtractor", sampling_rate=c.sample_rate,
+            num_chroma=c.n_chroma, feature_size=c.n_chroma, n_fft=2 ** c.radix2_exp, hop_length=c.hop,
+            chunk_length=round(c.segment_duration))
+    features["processor_class"] = f"{kind}Processor"
+    return {"config": config, "generation_config": generation, "preprocessor_config": features}

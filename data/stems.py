@@ -1,0 +1,125 @@
+"""The melody's stem of a recording: without drums and bass, which would win the argmax of the chroma.
+
+    from data.stems import separate
+    stem = separate(wav, sample_rate, "auto")       # (C, L) -> (1, L)
+"""
+import importlib.util
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from config import FIELDS
+from system.errors import UserError, as_user_error
+
+BASS, TREBLE = 120, 6000      # Hz: no melody is looked for below and above
+
+
+def pick_stem(stem: str) -> str:
+    """"auto" -> "demucs" if that package is installed, else "hpss". Raises UserError if demucs is not."""
+    choices = FIELDS["stem"].metadata["choices"]
+    if stem not in choices:
+        raise UserError(f"stem = {stem!r}: must be one of {', '.join(choices)}")
+    installed = importlib.util.find_spec("demucs") is not None
+    if stem == "demucs" and not installed:
+        raise UserError("stem = 'demucs': that package is not installed; pip install demucs, or use stem = "
+                        "'hpss'")
+    if stem == "auto":
+        return "demucs" if installed else "hpss"
+    return stem
+
+
+def separate(wav, sample_rate: int, stem: str = "auto"):
+    """Recording (C, L) -> its melody stem (1, L), on the same device.
+
+    "none" only averages the channels. "hpss" takes out percussion and bass (see below). "demucs" is what
+    audiocraft does: vocals + other of the network htdemucs. Raises UserError if that is not installed or its
+    weights do not load.
+    """
+    stem = pick_stem(stem)
+    if stem == "demucs":
+        return _demucs(wav, sample_rate)
+    mono = wav.float().mean(0, keepdim=True)
+    if stem == "hpss":
+        harmonic = hpss(mono[0].cpu(), sample_rate)
+        return harmonic[None].to(wav.device)
+    return mono
+
+
+# --- hpss: harmonic/percussive source separation -----------------------------------------------------------
+
+def hpss(wav, sample_rate: int):
+    """Wave (L,) -> its harmonic part (L,) between bass and treble.
+
+    By medians (Fitzgerald 2010): in a spectrogram a note is a horizontal line, a drum stroke a vertical one.
+    The median of 7 frames (0.2 s) along time keeps lines H, that of 17 bins (270 Hz) along frequency keeps
+    strokes P, and the mask H^2 / (H^2 + P^2) keeps what is more line than stroke. Blocks bound the memory and
+    do not show in the result.
+    """
+    L = len(wav)
+    n_fft = 2 ** round(math.log2(sample_rate * 0.064))
+    hop = n_fft // 2
+    block = 1000 * hop
+    margin = 7 * hop  # covers the median and the windows on both sides of a block
+    out = torch.empty(L)
+    for start in range(0, L, block):
+        begin = max(0, start - margin)
+        end = min(L, start + block)
+        harmonic = _harmonic(wav[begin:end + margin], sample_rate, n_fft)
+        out[start:end] = harmonic[start - begin:end - begin]
+    return out
+
+
+def _harmonic(wav, sample_rate: int, n_fft: int):
+    """Wave (L,) -> its harmonic part (max(L, n_fft),)."""
+    missing = max(0, n_fft - len(wav))
+    wav = F.pad(wav, (0, missing))
+    window = torch.hann_window(n_fft)
+    spectrum = torch.stft(wav, n_fft, n_fft // 2, window=window, return_complex=True)  # (n_fft/2 + 1, frames)
+    frequency = torch.arange(n_fft // 2 + 1) * sample_rate / n_fft
+    frequency = frequency[frequency < TREBLE]
+    octaves = torch.log2(frequency / BASS)
+    fade = 0.5 - 0.5 * torch.cos(math.pi * octaves.clamp(0, 1))  # the bass fades out over an octave
+    band = spectrum[:len(fade)]
+    magnitude = band.abs().numpy()
+    H = torch.from_numpy(_median(magnitude, 7)) ** 2
+    P = torch.from_numpy(_median(magnitude.T, 17).T) ** 2
+    band *= H / (H + P).clamp(min=1e-20) * fade[:, None]  # in place: a part of the spectrum
+    spectrum[len(fade):] = 0
+    return torch.istft(spectrum, n_fft, n_fft // 2, window=window, length=len(wav))
+
+
+def _median(x, size: int):
+    """Running median along the rows of x (rows, n)."""
+    from scipy.ndimage import median_filter  # here: it takes 0.25 s to import, and most runs do not need it
+    half = size // 2
+    padded = np.pad(x, ((0, 0), (half, half)), mode="edge")
+    median = median_filter(padded.ravel(), size=size)  # as one long row: scipy is several times faster in 1-D
+    return median.reshape(padded.shape)[:, half:-half]
+
+
+# --- demucs, an optional package ---------------------------------------------------------------------------
+
+@lru_cache(maxsize=1)
+def _load_demucs(device):
+    from demucs import pretrained
+    with as_user_error("stem = 'demucs': its weights do not load; use stem = 'hpss'"):
+        return pretrained.get_model("htdemucs").to(device).eval()
+
+
+@torch.no_grad()
+def _demucs(wav, sample_rate: int):
+    """Recording (C, L) -> vocals and everything but drums and bass (1, L)."""
+    from demucs.apply import apply_model
+    from demucs.audio import convert_audio
+    L = wav.shape[1]
+    model = _load_demucs(wav.device)
+    mix = convert_audio(wav[None].float(), sample_rate, model.samplerate, model.audio_channels)
+    stems = apply_model(model, mix, device=wav.device)  # (1, sources, channels, samples)
+    kept = [model.sources.index("vocals"), model.sources.index("other")]
+    melody = stems[:, kept].sum(1)
+    melody = convert_audio(melody, model.samplerate, sample_rate, 1)[0]
+    missing = max(0, L - melody.shape[1])
+    return F.pad(melody, (0, missing))[:, :L]

@@ -1,0 +1,194 @@
+"""Decoding on the CPU, as fast as the memory allows. Optional: the mathematics is in lm.py.
+
+    python sample.py --dtype int8 ...       # or bfloat16, float32, auto
+
+Decoding a column reads every weight and the whole cache, and multiplies them with the two rows of guidance.
+It is memory-bandwidth-bound, and the usual products do not reach that bound. `optimize_for_cpu` puts
+`PackedLinear` in the place of every Projection of a model: weights in float32, bfloat16 or int8 (each row
+with a scale), multiplied by kernels.c. `PackedCache` holds keys and values likewise. Without a C compiler
+the fastest of torch's own products takes their place.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from checkpoints.files import quantize_rows
+from conditioners import Conditions
+from config import Config
+from lm import Cache, LMModel, Projection
+from speed.kernels import KINDS, data_pointers, has_bfloat16, kernels
+from speed.products import block_attention, product
+
+FEW = 32            # rows up to which a product waits for the weights rather than for the arithmetic
+MASKED = -1e30      # added to the scores of what is not to be seen
+POINTERS = 24       # of a layer, in struct layer of kernels.c
+
+
+class PackedLinear(nn.Module):
+    """Projection for generation: weight (out, in), and scale (out,) where that is int8."""
+
+    def __init__(self, weight, dtype):
+        super().__init__()
+        weight, scale = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype), None)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        # of products of many rows
+        self.many = torch.bfloat16 if dtype != torch.float32 and has_bfloat16() else torch.float32
+
+    def forward(self, x):
+        return self.rows(x, 0, len(self.weight))
+
+    def rows(self, x, start: int, end: int):
+        """The outputs start ... end alone."""
+        weight = self.weight[start:end]
+        scale = None if self.scale is None else self.scale[start:end]
+        R, C = weight.shape
+        few = x.numel() <= FEW * C and R % 4 == C % 8 == 0
+        if few and torch.compiler.is_compiling():   # one loop over the weights, as they are stored
+            y = (x[..., None, :] * weight).sum(-1, dtype=x.dtype)
+            return y if scale is None else y * scale
+        if few and kernels():
+            x = x.contiguous()
+            y = x.new_empty(*x.shape[:-1], R)
+            kernels().product(KINDS[weight.dtype], *data_pointers(weight, scale, x, None, None), 0, None,
+                              *data_pointers(y), R, C, x.numel() // C)
+            return y
+        if few and weight.dtype == torch.int8:
+            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale.bfloat16())
+            return y.view(*x.shape[:-1], R).float()
+        if few and weight.dtype == torch.float32:
+            return (weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], R)
+        y = product(x.to(self.many), weight.to(self.many)).float()
+        return y if scale is None else y * scale
+
+
+class PackedCache(Cache):
+    """Keys and values (layers, B, H, max_length, E) in float32, bfloat16, or int8 with a scale for each."""
+
+    def __init__(self, config: Config, batch: int, max_length: int, dtype):
+        self.max_length, self.dtype = max_length, torch.float32     # of padding_bias and of the scores
+        self.length = self.columns = 0
+        self.padding_bias = None
+        H, E, N = config.num_heads, config.dim // config.num_heads, config.num_layers
+        scales = max_length if dtype == torch.int8 else 0
+        self.k, self.v = (torch.empty(N, batch, H, max_length, E, dtype=dtype) for _ in "kv")
+        self.k_scale, self.v_scale = (torch.empty(N, batch, H, scales) for _ in "kv")
+        self.scores = torch.empty(batch, H, max_length)
+        self.table = None           # addresses of the tensors of all layers, once they are all there
+        self.condition_length, self.condition_bias = 0, None
+        self.layers = [PackedLayerCache(self, n) for n in range(N)]
+
+    def decode(self, layers, x, conditions: Conditions):
+        """x (B, 1, D) through all layers, in one call of kernels.c."""
+        B, H, _, E = self.k[0].shape
+        if self.table is None:
+            self.table = torch.tensor([self.pointers(n, layer) for n, layer in enumerate(layers)])
+            if conditions.cross_mask is not None and self.condition_length:
+                bias = torch.zeros(B, self.condition_length)
+                self.condition_bias = bias.masked_fill_(~conditions.cross_mask, MASKED)
+            self.scores = self.scores.new_empty(B, H, max(self.max_length, self.condition_length))
+        x = x.clone(memory_format=torch.contiguous_format)
+        kernels().decode(
+            KINDS[self.k.dtype], *data_pointers(self.table), len(layers),
+            *data_pointers(x, self.padding_bias, self.condition_bias, self.scores),
+            B, H, self.length + 1, self.max_length, E, len(layers[0].ff1.weight), self.condition_length)
+        return x
+
+    def pointers(self, n: int, layer) -> list[int]:
+        """Addresses of the tensors of layer n, as struct layer of kernels.c has them."""
+        def norm(module):
+            return data_pointers(module.weight, module.bias)
+
+        def matrix(module):
+            return data_pointers(module.weight, module.scale)
+        row = norm(layer.norm1) + matrix(layer.attn.qkv) + matrix(layer.attn.out)
+        row += data_pointers(self.k[n], self.k_scale[n], self.v[n], self.v_scale[n])
+        row += norm(layer.norm2) + matrix(layer.ff1) + matrix(layer.ff2)
+        if self.layers[n].condition is not None:
+            keys, values = (t.contiguous() for t in self.layers[n].condition)
+            self.layers[n].condition = keys, values     # kept: kernels.c has only their addresses
+            self.condition_length = keys.shape[2]
+            row += norm(layer.norm_cross) + matrix(layer.cross_attn.qkv) + matrix(layer.cross_attn.out)
+            row += data_pointers(keys, values)
+        row += [0] * (POINTERS - len(row))
+        return [pointer or 0 for pointer in row]
+
+
+class PackedLayerCache:
+    """One layer's part of a `PackedCache`, where the layers run one by one."""
+
+    def __init__(self, cache: PackedCache, n: int):
+        self.cache = cache
+        self.k, self.v = cache.k[n], cache.v[n]
+        self.k_scale, self.v_scale = cache.k_scale[n], cache.v_scale[n]
+        self.condition = None
+
+    def attend(self, q, k, v):
+        """Stores k, v (B, H, S, E) behind what is there, and attends from q (B, H, S, E) to all of it."""
+        if self.cache.length == 0:
+            return self.attend_first(q, k, v)
+        cache, (B, H, _, E) = self.cache, q.shape
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = torch.empty_like(q)
+        kernels().attend(
+            KINDS[self.k.dtype], *data_pointers(q, k, v), H * E,
+            *data_pointers(self.k, self.k_scale, self.v, self.v_scale),
+            *data_pointers(cache.padding_bias, cache.scores, out),
+            B, H, cache.length + 1, cache.max_length, E)
+        return out
+
+    def attend_first(self, q, k, v):
+        """The prefix and what else is there at the beginning, all at once."""
+        S, E = q.shape[2:]
+        for new, data, scale in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            if data.dtype == torch.int8:
+                new, scale[:, :, :S] = quantize_rows(new)
+            data[:, :, :S] = new
+        if self.k.dtype != torch.float32 and has_bfloat16():
+            bias = self.cache.padding_bias
+            if bias is not None:
+                bias = bias[..., :S].bfloat16()
+            return block_attention((q * E ** -0.5).bfloat16(), k.bfloat16(), v.bfloat16(), bias).float()
+        bias = self.cache.bias(S)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+
+
+class PackedLMModel(LMModel):
+    """An LMModel whose layers are PackedLinear, for generation with a PackedCache."""
+
+    packed = True
+
+    def new_cache(self, batch: int, max_length: int) -> PackedCache:
+        return PackedCache(self.config, batch, max_length, self.lm_heads.weight.dtype)
+
+    def run_layers(self, x, angles, conditions: Conditions, cache=None):
+        """As LMModel's, but once the cache has begun all layers in one call, where kernels.c knows them."""
+        B, _, D = x.shape
+        plain = angles is None and not self.config.qk_layer_norm
+        if cache is None or cache.length == 0 or not plain or B > FEW or D % 8:
+            return super().run_layers(x, angles, conditions, cache)
+        return cache.decode(self.layers, x, conditions)
+
+
+def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:
+    """Puts PackedLinear in the place of every Projection, the rest in float32. For generation on the CPU.
+
+    dtype: of the weights; None keeps theirs. A model on the meta device gets empty ones, to be loaded.
+    """
+    for module in list(lm.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Projection):
+                setattr(module, name, PackedLinear(child.weight.detach(), dtype or child.weight.dtype))
+    for tensor in lm.parameters():
+        tensor.data = tensor.data.float()
+    width = lm.config.dim // lm.config.num_heads
+    if width % 8 == 0 and kernels():
+        lm.__class__ = PackedLMModel
+    return lm
+
+
+def fastest_dtype(device) -> str:
+    """The dtype of weights with which generation is fastest on a device."""
+    if device.type == "cpu":
+        return "int8" if kernels() or has_bfloat16() else "float32"
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"

@@ -1,0 +1,39 @@
+"""Training of the codec: losses, discriminator and balancer in one run, and its last part.
+
+    python -m pytest tests/test_codec_training.py
+"""
+import torch
+
+from config import Config
+from encodec import EncodecModel
+from train import train
+from training_runs import ADVERSARIAL, assert_same_run, lines, settings, state, stop_at
+
+
+def test_codec_trains_and_writes_a_codec(codec_run):
+    codec = EncodecModel.from_pretrained(codec_run)
+    assert codec.decode(codec.encode(torch.randn(1, 1, 100))).shape == (1, 1, 104)
+    first, last = lines(codec_run, "train")[0], lines(codec_run, "train")[-1]
+    assert {"loss", "l1", "msspec", "adv", "feat", "disc"} <= first.keys()
+    assert first["commit"] == 0 < last["commit"]
+    valid = lines(codec_run, "valid")[-1]
+    assert len(valid["entropy"]) == len(valid["live"]) == 2 and abs(valid["kbps"] - 2 * 4 * 0.2) < 1e-6
+    files = {path.name for path in (codec_run / "samples").iterdir()}
+    assert files == {"0_original.wav", "0_update0000020.wav"}
+
+
+def test_codec_run_on_two_processes_equals_one(codec_run, two_processes):
+    assert_same_run(codec_run, two_processes / "codec", 1e-5)
+
+
+def test_the_last_part_trains_the_decoder_alone(training_data, tmp_path):
+    """From update 14 on, encoder and codebooks stay what their averages were."""
+    config = Config(**settings(training_data, tmp_path / "out", "codec", **ADVERSARIAL))
+    stop_at(config, 14)
+    averages = state(config.out_dir)
+    train(config, resume=True)
+    moved = set()
+    for name, tensor in state(config.out_dir).items():
+        if name.startswith("model.") and not torch.equal(tensor, averages["ema." + name[6:]]):
+            moved.add(name.split(".")[1])
+    assert moved == {"decoder"}

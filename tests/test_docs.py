@@ -1,0 +1,480 @@
+"""README.md and docs/ say what is so: commands run, links lead somewhere, numbers are those of the code.
+
+    python -m pytest tests/test_docs.py
+"""
+import ast
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import sys
+from unittest.mock import create_autospec
+
+import pytest
+
+import chroma
+import conditioners
+import lm
+import patterns
+from commands import command, encodec_demo, train_main, worked
+from config import FIELDS, Config, load
+from constants import ROOT
+from data import prepare, tunes
+from data.segments import SPLITS
+from sample import MusicGen
+from sampling import command as sampling_command
+from system.errors import UserError
+from training.command import FLAGS, take_flags
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+README, PARITY = TEXTS["README.md"], TEXTS["docs/parity.md"]
+RESULTS, TRAINING = TEXTS["docs/results.md"], TEXTS["docs/training.md"]
+PLACEHOLDERS = {"tune.mp3", "song.mp3", "song.txt", "song.json", "MY_MUSIC", "FOLDER_OF_AUDIO"}
+MADE = ("out/", "data/tunes/", "data/prepared", "data/mine", "page")    # by other commands
+RUN_FILES = {"metrics.jsonl", "skipped.txt", "state_dict.bin", "compression_state_dict.bin"}
+
+
+def without_code_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def commands_of(text: str) -> list[str]:
+    """Commands: indented lines and what stands in backquotes; joined ones apart, without comments."""
+    text = without_code_blocks(text)
+    lines = re.findall(r"^(?: {4}|\t)+(.*)$", text, flags=re.M)
+    lines += re.findall(r"`((?:python|torchrun|pip|git) [^`]+)`", text)
+    found = set()
+    for line in lines:
+        parts = [line] if " -c " in line else line.split("&&")
+        for part in parts:
+            part = re.sub(r"\s+# .*", "", part)
+            part = " ".join(part.split()) if " -c " not in part else part.strip()
+            # a program and what it runs, not `torchrun --nproc_per_node=2` alone
+            if re.match(r"(\w+/bin/)?((pip|git) |(python|torchrun) .*(\.py|-[mc])\b)", part):
+                found.add(part)
+    return sorted(found)
+
+
+COMMANDS = sorted({line for text in TEXTS.values() for line in commands_of(text)})
+EXPERIMENTS = [line for line in COMMANDS if " -c " in line]
+
+
+def section(text: str, title: str) -> str:
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S)[1]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The tables of a text, each a list of rows without the head, a row a list of cells."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        lines = block.splitlines()[2:]
+        found.append([[cell.strip() for cell in line.strip("|").split("|")] for line in lines])
+    return found
+
+
+def rows(text: str) -> list[list[str]]:
+    return [row for table in tables(text) for row in table]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n.replace(",", "")) for n in re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", text)]
+
+
+def assert_figures(cell: str, figures: list[float]):
+    """The numbers of a cell are these figures, rounded as the cell has them."""
+    shown = re.findall(r"\d+(?:\.\d+)?", cell.replace(",", "") if len(figures) == 1 else cell)
+    assert len(shown) == len(figures), (cell, figures)
+    for text, figure in zip(shown, figures):
+        decimals = len(text.partition(".")[2])
+        assert abs(float(text) - figure) <= 0.501 * 10 ** -decimals, (cell, figures)
+
+
+# --- README's size ----------------------------------------------------------------------------------------
+
+def test_readme_is_short():
+    assert README.count("\n") <= 250 and len(README.split()) <= 2400
+
+
+# --- commands ---------------------------------------------------------------------------------------------
+
+def test_there_are_commands():
+    scripts = {word for line in COMMANDS for word in line.split() if word.endswith(".py")}
+    assert len(COMMANDS) > 60
+    assert {"train.py", "sample.py", "data/prepare.py", "data/tunes.py", "tools/page.py", "tests/bench.py",
+            "tests/deviations.py", "assets/pictures.py"} <= scripts
+
+
+def check_train(argv):
+    flags, settings = take_flags(argv)
+    assert flags.get("--split", "valid") in SPLITS
+    load([str(ROOT / word) if word.startswith("config/") else word for word in settings])
+
+
+def check_tunes(argv):
+    tunes.parse(argv)
+
+
+def check_prepare(argv):
+    args = prepare.parse(argv)
+    if args.config:
+        load([str(ROOT / args.config)])
+
+
+def check_sample(argv):
+    if "--help" not in argv:
+        sampling_command.parse(MusicGen, argv)
+
+
+def check_pictures(argv):
+    assert set(argv) <= set(pictures().PICTURES) | {"model"}
+
+
+PARSERS = {"train.py": check_train, "data/tunes.py": check_tunes, "data/prepare.py": check_prepare,
+           "sample.py": check_sample, "assets/pictures.py": check_pictures}
+
+
+def check_script(script: str, argv: list[str]):
+    """The script is there, and its flags exist."""
+    assert (ROOT / script).is_file(), script
+    if script in PARSERS:
+        return PARSERS[script](argv)
+    known = set(re.findall(r'"(--[\w-]+)"', (ROOT / script).read_text()))
+    assert {word.partition("=")[0] for word in argv if word.startswith("--")} <= known
+
+
+def check_paths(words: list[str]):
+    """Files and folders among the arguments are there, or come from another command, or from the reader."""
+    for word in words:
+        path = word.rpartition("=")[2] if word.startswith("--") else word
+        looks_so = re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?|[\w-]+\.(py|txt|wav|mp3|json|md)", path)
+        if looks_so and path not in PLACEHOLDERS and not path.startswith((*MADE, "facebook/")):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_parses(line):
+    """The script is there, its flags exist, and the files it is given are there (or another command's)."""
+    program, *words = shlex.split(line)
+    program = program.rpartition("/")[2]
+    if program == "git":
+        assert words[0] in ("apply", "checkout")
+    elif program == "pip":
+        assert words[0] == "install"
+    elif words[0] == "-m":
+        assert words[1] in ("pytest", "venv")
+    elif words[0] != "-c":
+        words = [word for word in words if not word.startswith("--nproc_per_node=")]
+        check_script(words[0], words[1:])
+    if words[0] != "-c":
+        check_paths(words)
+
+
+@pytest.mark.parametrize("line", EXPERIMENTS)
+def test_experiment_prints_what_is_promised(line, capsys):
+    exec(shlex.split(line)[2], {})
+    printed = capsys.readouterr().out.strip()
+    text = next(text for text in TEXTS.values() if line in text)
+    promised = re.sub(r"(\d),(\d)", r"\1\2", text[:text.index(line)])[-600:]
+    expected = [printed] if printed[0] == "[" else printed.split()
+    assert expected and all(value in promised for value in expected), (printed, promised)
+
+
+@pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if "```python" in text])
+def test_python_runs(name, monkeypatch):
+    """Examples in Python run, but for the music itself: its arguments are checked, nothing is generated."""
+    monkeypatch.setattr(MusicGen, "generate", create_autospec(MusicGen.generate))
+    monkeypatch.chdir(ROOT)
+    for code in re.findall(r"^```python\n(.*?)^```", TEXTS[name], flags=re.M | re.S):
+        exec(code, {})
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_flags_in_prose_exist(name):
+    """Flags of the commands take a blank, keys of the configuration an equals sign."""
+    text = without_code_blocks(TEXTS[name])
+    sources = ["sampling/command.py", "data/prepare.py", "data/tunes.py", "tests/bench.py"]
+    source = "".join((ROOT / path).read_text() for path in sources)
+    for flag in set(re.findall(r"`(--\w+)[^`]*`", text)):
+        assert flag[2:] in FIELDS or flag in FLAGS or f'"{flag}"' in source, flag
+    for key in set(re.findall(r"`--(\w+)=", text)):
+        assert key in FIELDS or f"--{key}" in FLAGS, key
+
+
+SCRIPTS = [path for pattern in ("*.py", "data/*.py", "tools/*.py", "assets/*.py")
+           for path in sorted(ROOT.glob(pattern)) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_docstring_holds_the_command(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert f"python {path.relative_to(ROOT)}" in docstring
+
+
+# --- links and files --------------------------------------------------------------------------------------
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", without_code_blocks(text), flags=re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_resolve(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_exist(name):
+    text = without_code_blocks(TEXTS[name])
+    # of a comparison the first column is ours
+    ours = re.sub(r"^(\| [^|]*\| [\d,]+ \|).*$", r"\1", text, flags=re.M)
+    for path in set(re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|c|txt|jsonl|patch|bin))`", ours)):
+        # as in `kernels.c`, where its folder has been named
+        there = (ROOT / path).exists() or list(ROOT.glob(f"*/{path}"))
+        assert there or path in PLACEHOLDERS | RUN_FILES, path
+
+
+# --- numbers of the configuration -------------------------------------------------------------------------
+
+def audiocraft_keys() -> dict[str, str]:
+    """{audiocraft's key: ours} as the docstring of config/melody.py has them."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "config/melody.py").read_text()))
+    return dict(re.findall(r"^    ([a-z]\w*(?:\.\w+)*(?: \(\w+\))?)  +(\w+)", docstring, flags=re.M))
+
+
+def python_value(text: str):
+    """A number, tuple, bool or name as audiocraft's YAML writes it."""
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def test_every_number_of_audiocraft():
+    melody, changed = load([str(ROOT / "config/melody.py")]), {}
+    pairs = {}
+    for audiocraft, value, ours, _ in rows(section(PARITY, "Every number of audiocraft's configuration")):
+        audiocraft = audiocraft.strip("`")
+        if ours == "always":
+            assert audiocraft == "chroma_stem.argmax"
+            continue
+        key, other = re.fullmatch(r"`(\w+)`(?: = (\w+))?", ours).groups()
+        name = f"{audiocraft} ({value})" if audiocraft == "fuser.prepend" else audiocraft
+        pairs[name] = key
+        if other:
+            changed[key] = python_value(other)
+        expected = changed[key] if other else python_value(value)
+        assert getattr(melody, key) == expected, (key, expected)
+    keys = audiocraft_keys()
+    assert pairs == {name: key for name, key in keys.items() if key in FIELDS} and len(pairs) > 45
+    different = {key for key in FIELDS if getattr(melody, key) != getattr(Config(), key)} - {"out_dir"}
+    assert different <= changed.keys()
+
+
+def test_letters():
+    config = Config()
+    letters = {}
+    for row in rows(section(README, "Letters")):
+        letters |= dict(zip(row[::2], row[1::2]))
+    values = {letter: numbers(meaning) for letter, meaning in letters.items()}
+    head_width = config.dim // config.num_heads
+    assert values["C, L"] == [config.channels] and values["Z"] == [config.dimension]
+    assert values["T"] == [config.segment_frames, config.segment_duration]
+    assert values["K"] == [config.n_q] and values["V"] == [config.card]
+    assert values["M"] == [config.chroma_frames] and values["Q"] == [config.n_chroma]
+    assert values["D"] == [config.dim] and values["H, E"] == [config.num_heads, head_width]
+    assert {"B", "S", "P"} <= letters.keys()
+
+
+def test_sizes_in_the_life_of_a_batch():
+    config, text = Config(), section(README, "Two walks")
+    S = patterns.from_config(config).steps(config.segment_frames, keep_only_valid_steps=True)
+    for name, value in (("B", config.batch_size), ("T", config.segment_frames), ("S", S),
+                        ("M", config.chroma_frames), ("D", config.dim)):
+        assert f"{name} = {value:,}" in text, name
+
+
+def test_line_counts():
+    """Within a fifth: of lines that change every week no more can be promised."""
+    of_codec = {"codec.py", "losses.py", "discriminator.py"}
+    for ours, count, *_ in rows(section(PARITY, "Sizes")):
+        files = [ROOT / name for name in re.findall(r"`([\w./]+\.py)`", ours)]
+        if "`training/`" in ours:
+            files += [path for path in ROOT.glob("training/*.py") if path.name not in of_codec]
+        lines = sum(len(file.read_text().splitlines()) for file in files)
+        assert files and abs(lines - numbers(count)[0]) <= lines / 5, (ours, lines, count)
+
+
+# --- numbers of the shipped model -------------------------------------------------------------------------
+
+TINY = ROOT / "checkpoints" / "tiny"
+FIGURES = json.loads((TINY / "eval_test.json").read_text())
+CODEC_FIGURES = json.loads((TINY / "codec" / "eval_test.json").read_text())
+# of each row: the numbers in its first cell (None: of another source), and in "shipped"
+MEASURES = [
+    (["tunes_melody_agreement_shuffled"], ["tunes_melody_agreement"]),
+    ([], ["tunes_melody_cosine"]),
+    (["out_of_domain_notes_agreement"], ["out_of_domain_melody_agreement"]),
+    (["real_clips_instrument_accuracy", "reconstructions_instrument_accuracy", None],
+     ["tunes_instrument_accuracy"]),
+    (["reconstructions_drums_accuracy", None, "text_only_drums_accuracy"], ["tunes_drums_accuracy"]),
+    ([None, "real_clips_tempo_accuracy", "reconstructions_tempo_accuracy", None],
+     ["text_only_tempo_accuracy"]),
+    ([], ["text_only_valid"]),
+    ([None, None, "own_loss"], ["ce_1", "ce_2", "ce_3", "ce_4"]),
+    (["frechet_of_real_halves"], ["frechet"]),
+]
+
+
+@pytest.mark.parametrize("n", range(len(MEASURES)))
+def test_figures_of_the_language_model(n):
+    measures, _ = tables(section(RESULTS, "The language model"))
+    assert len(measures) == len(MEASURES)
+    aside, shipped = MEASURES[n]
+    assert_figures(measures[n][1], [FIGURES[name] for name in shipped])
+    shown = re.findall(r"\d+(?:\.\d+)?", measures[n][0])
+    for number, name in zip(shown, aside, strict=True):
+        if name:
+            assert_figures(number, [FIGURES[name]])
+
+
+def test_figures_of_both_melody_agreements():
+    _, agreements = tables(section(RESULTS, "The language model"))
+    for row, kind in zip(agreements, ("tunes", "segments"), strict=True):
+        assert_figures(row[2], [FIGURES[f"{kind}_melody_agreement"]])
+        assert_figures(row[3], [FIGURES[f"{kind}_melody_agreement_shuffled"]])
+
+
+def test_caption_gains():
+    gains = rows(section(RESULTS, "Why a small model learns to read text only with help"))
+    for row, attribute in zip(gains, ("instrument", "drums", "tempo"), strict=True):
+        assert_figures(row[1], [FIGURES[f"caption_gain_{attribute}"]])
+        assert_figures(row[2], [FIGURES[f"caption_gain_{attribute}_codes_hidden"]])
+
+
+def test_figures_of_the_codec():
+    figures = CODEC_FIGURES
+    of_instruments = [value for name, value in figures.items() if name.startswith("chroma_agreement ")]
+    agreement, snr, live, perplexity = (row[1] for row in rows(section(RESULTS, "The codec")))
+    assert_figures(agreement, [figures["chroma_agreement"], min(of_instruments)])
+    assert_figures(snr, [figures["si_snr"]])
+    assert_figures(live, figures["live"])
+    assert_figures(perplexity, figures["perplexity"])
+
+
+def test_results_in_readme():
+    text = section(README, "Results")
+    names = ["tunes_melody_agreement", "tunes_instrument_accuracy", "tunes_drums_accuracy",
+             "text_only_tempo_accuracy", "loss"]
+    row, = rows(text)
+    for cell, name in zip(row, names, strict=True):
+        assert_figures(cell, [FIGURES[name]])
+    assert_figures(re.search(r"([\d.]+) on prepared", text)[1], [FIGURES["segments_melody_agreement"]])
+
+
+# --- numbers of the demos and of --plan -------------------------------------------------------------------
+
+def test_demo_of_the_quantizer():
+    """Half a bit a number: the error halves with every codebook, and no more."""
+    result = command(lambda argv: runpy.run_path(str(ROOT / "rvq.py"), run_name="__main__"))
+    worked(result)
+    errors = [float(error) for error in re.findall(r"error +([\d.]+) %", result.out)]
+    assert len(errors) == 6
+    assert all(0.4 < b / a < 0.55 for a, b in zip([100.0, *errors], errors)), errors
+
+
+def test_demo_of_the_codec():
+    result = command(encodec_demo, ROOT / "assets/ode_to_joy.wav")
+    worked(result)
+    errors = re.findall(r"error .* = ([\d.]+)", result.out)
+    assert len(errors) == 4 and ", ".join(errors) in README
+
+
+def test_demo_of_the_language_model():
+    result = command(lambda argv: lm.demo())
+    worked(result)
+    assert "1.39 B" in result.out and "0.42 B" in result.out
+    assert float(re.search(r"largest difference (\S+)", result.out)[1]) < 1e-5
+
+
+def test_demo_of_the_conditioners():
+    result = command(lambda argv: conditioners.demo())
+    worked(result)
+    assert re.search(r"loud  0+ \| #+\.+", result.out), result.out
+
+
+def test_demo_of_chroma():
+    result = command(chroma.main)
+    worked(result)
+    assert result.out.count("########") >= 8
+
+
+PLANS = [row for row in rows(TRAINING) if "--plan" in row[0]]
+
+
+@pytest.mark.parametrize("row", PLANS, ids=lambda row: row[0].strip("`"))
+def test_memory_by_plan(row):
+    _, _, *argv = shlex.split(row[0].strip("`"))
+    argv = [str(ROOT / word) if "/" in word else word for word in argv]
+    result = command(train_main, *argv, "--device=cpu")
+    worked(result)
+    planned = re.findall(r"^  \w+ +([\d.]+) GB", result.out, flags=re.M)
+    for cell, figure in zip(row[1:], planned, strict=True):
+        assert_figures(cell, [float(figure)])
+
+
+def test_plan_of_the_melody_model():
+    result = command(train_main, ROOT / "config/melody.py", "--plan=8", "--device=cpu")
+    worked(result)
+    for number in ("1,385.6 M", "1,152,000 tokens"):
+        assert number in result.out and number in README
+    together = re.search(r"together +([\d.]+) GB", result.out)[1]
+    shown = re.findall(r"([\d.]+) GB (?:a process|for each of eight processes)", README)
+    assert len(shown) == 2
+    for number in shown:
+        assert_figures(number, [float(together)])
+
+
+# --- pictures ---------------------------------------------------------------------------------------------
+
+def pictures():
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "assets" / "pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_picture_is_drawn_shown_described_and_small():
+    shown = []
+    for name, text in TEXTS.items():
+        for alt, path in re.findall(r"!\[(.*?)\]\((.*?)\)", text):
+            shown.append((alt, ((ROOT / name).parent / path).resolve()))
+    assert {path for _, path in shown} == {ROOT / "assets" / f"{name}.png" for name in pictures().PICTURES}
+    assert all(len(alt) > 20 for alt, _ in shown)
+    sizes = {path: path.stat().st_size for _, path in shown}
+    assert max(sizes.values()) < 170_000 and sum(sizes.values()) < 1_500_000, sizes
+
+
+def test_a_picture_is_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, an optional extra")
+    module = pictures()
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    worked(command(module.main, "patterns"))
+    assert (tmp_path / "assets" / "patterns.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_mistakes_about_pictures(monkeypatch):
+    with pytest.raises(UserError, match="no such picture"):
+        pictures().main(["portrait"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        pictures().main(["patterns"])

@@ -1,0 +1,58 @@
+"""Fine-tuning: adapters alone are trained, and the architecture comes from the checkpoint.
+
+    python -m pytest tests/test_finetune.py
+"""
+import json
+import re
+import shutil
+
+import torch
+
+from commands import train_main
+from config import Config
+from constants import flags
+from lm import LMModel
+from training.lora import inherit_architecture
+from training_runs import losses, settings, state, weights
+
+
+def test_lora_trains_adapters_alone_and_merges_on_export(lm_run, training_data, tmp_path):
+    """dim is the checkpoint's, whatever is asked for."""
+    changes = dict(init_from=str(lm_run), lora_rank=2, optim="adamw", lr=1e-2, dim=32)
+    train_main(flags(settings(training_data, tmp_path / "out", "lm", **changes)))
+    start, tuned, exported = weights(lm_run), state(tmp_path / "out"), weights(tmp_path / "out")
+    assert exported.keys() == start.keys()
+    for name, tensor in tuned.items():
+        if name.startswith("model.") and not re.search(r"\.0\.|embed_tokens", name):
+            before = start[name[6:].replace("parametrizations.weight.original", "weight")]
+            assert torch.equal(tensor, before), name
+    assert all(".0." in name for name in tuned if name.startswith("optim.")), "states of adapters only"
+    name = "layers.0.attn.qkv"
+    up, down = (tuned[f"ema.{name}.parametrizations.weight.0.{key}"] for key in ("up", "down"))
+    torch.testing.assert_close(exported[f"{name}.weight"], start[f"{name}.weight"] + 8.0 * up @ down)
+    assert up.abs().max() > 0 and losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    LMModel.from_pretrained(tmp_path / "out")
+
+
+def inherited(training_data, checkpoint, **changes) -> Config:
+    """The configuration of a run that fine-tunes a checkpoint."""
+    values = settings(training_data, "out", "lm", init_from=str(checkpoint), **changes)
+    return inherit_architecture(Config(**values))
+
+
+def test_a_tuned_model_keeps_the_length_of_melodies_that_it_knows(lm_run, training_data):
+    assert Config.from_json(lm_run / "config.json").chroma_frames == 17
+    assert Config(**settings(training_data, "out", "lm", segment_duration=0.08)).chroma_frames == 9
+    assert inherited(training_data, lm_run, segment_duration=0.08).chroma_frames == 17
+
+
+def test_a_tuned_model_takes_over_all_that_its_layers_depend_on(lm_run, training_data, tmp_path):
+    """Keys that no weight's shape shows, yet that change what a model says."""
+    shutil.copytree(lm_run, tmp_path / "from")
+    path = tmp_path / "from" / "config.json"
+    other = dict(positional_embedding="sin_rope", positional_scale=0.1, max_period=500.0, num_heads=1,
+                 null_melody="c", pattern="parallel")
+    assert all(value != getattr(Config(), key) for key, value in other.items())
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    config = inherited(training_data, tmp_path / "from")
+    assert {key: getattr(config, key) for key in other} == other

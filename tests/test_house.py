@@ -1,0 +1,258 @@
+"""The house rules: sizes, imports, what a training update and a sample touch, what can be deleted.
+
+    python -m pytest tests/test_house.py
+"""
+import ast
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from constants import ROOT, TRAIN, flags
+
+STAGES = "patterns rvq encodec chroma conditioners lm train sample config".split()
+BUDGET = {"train": 430}                 # lines; any other stage has OTHER
+OTHER, TOGETHER, TOKENS, TOKENS_EACH, COLUMNS, FUNCTION = 460, 2800, 11, 12, 110, 60
+OPTIONAL = "speed evaluation tools".split()
+COMMANDS = """train data.prepare data.tunes tools.page training.command sampling.command evaluation.evaluate
+    sample""".split()                   # sample.py is MusicGen, too, but only commands may import it
+
+
+def modules() -> dict[str, Path]:
+    """Name -> file of all modules but tests and pictures."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] not in ("tests", "assets", "config", "out") and not parts[0].startswith("."):
+            found[".".join(parts).removesuffix(".__init__")] = path
+    found["config"] = ROOT / "config.py"
+    return found
+
+
+MODULES = modules()
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def code_tokens(source: str) -> tuple[int, int]:
+    """Names, operators, numbers and strings outside docstrings, and the lines that have any."""
+    count, lines = 0, set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        docstring = token.type == tokenize.STRING and token.line.strip().startswith(('"""', 'r"""'))
+        if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING) and not docstring:
+            count += 1
+            lines.add(token.start[0])
+    return count, len(lines)
+
+
+def imports_of(name: str) -> set[str]:
+    """Modules of ours that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name}: a relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return (found & MODULES.keys()) - {name}
+
+
+# --- sizes ------------------------------------------------------------------------------------------------
+
+def test_the_top_level_has_the_nine_stages_and_no_other_python_file():
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_short_and_its_lines_are_plain(stage):
+    source = MODULES[stage].read_text()
+    assert source.count("\n") <= BUDGET.get(stage, OTHER)
+    count, lines = code_tokens(source)
+    assert count / lines <= TOKENS_EACH
+
+
+def test_the_stages_together():
+    sources = [MODULES[stage].read_text() for stage in STAGES]
+    assert sum(source.count("\n") for source in sources) <= TOGETHER
+    counts, lines = zip(*map(code_tokens, sources))
+    assert sum(counts) / sum(lines) <= TOKENS
+
+
+def test_lines_and_functions_are_not_too_long():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("tests/*/*.py")]:
+        source = path.read_text()
+        long = [n for n, line in enumerate(source.splitlines(), 1) if len(line) > COLUMNS]
+        assert not long, f"{path.relative_to(ROOT)}: lines {long} are longer than {COLUMNS} columns"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                size = node.end_lineno - node.lineno + 1
+                assert size <= FUNCTION, f"{path.relative_to(ROOT)}: {node.name} has {size} lines"
+
+
+def test_nothing_stands_twice():
+    """No run of six lines of code, blank lines and comments aside, in two places that are not tests."""
+    seen = {}
+    for name, path in MODULES.items():
+        lines = [(n, line.strip()) for n, line in enumerate(path.read_text().splitlines(), 1)]
+        lines = [(n, line) for n, line in lines if line and not line.startswith(("#", "import ", "from "))]
+        for run in zip(*(lines[i:] for i in range(6))):
+            text = "\n".join(line for _, line in run)
+            place = f"{name}:{run[0][0]}"
+            assert text not in seen, f"{place} repeats {seen[text]}"
+            seen[text] = place
+
+
+# --- imports ----------------------------------------------------------------------------------------------
+
+def test_no_import_circles():
+    """Lazy imports count."""
+    graph = {name: imports_of(name) for name in MODULES}
+    while leaves := [name for name, needs in graph.items() if not needs & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"in circles, or above one: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - set(COMMANDS)))
+def test_a_library_module_imports_no_command(name):
+    assert not imports_of(name) & set(COMMANDS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_do_without_the_optional_folders(stage):
+    optional = [node for node in ast.walk(TREES[stage]) if isinstance(node, (ast.Import, ast.ImportFrom))
+                and re.search(rf"\b({'|'.join(OPTIONAL)})\b", ast.unparse(node))]
+    assert len(optional) <= (1 if stage in ("train", "sample") else 0)
+    assert all("import" in ast.unparse(node) and node.module == "speed" for node in optional)
+
+
+ONE_NAME = """
+import sys
+from pathlib import Path
+sys.path.insert(0, ".")
+import train, sample, data.prepare, tools.page, evaluation.evaluate
+names = {}
+for name, module in list(sys.modules.items()):
+    path = Path(getattr(module, "__file__", None) or "/").resolve()
+    if path.is_relative_to(Path.cwd()) and path.exists():
+        names.setdefault(path, []).append(name)
+assert all(len(several) == 1 for several in names.values()), names
+"""
+
+
+def test_one_name_is_one_module():
+    """No module is imported under two names: a second copy would have classes and caches of its own."""
+    subprocess.run([sys.executable, "-c", ONE_NAME], check=True, cwd=ROOT)
+
+
+# --- short ways: which files an update and a sample enter ---------------------------------------------------
+
+TRACE = """
+import json, sys, threading
+from pathlib import Path
+ROOT = Path.cwd()
+sys.path.insert(0, str(ROOT))
+entered = set()
+def enter(frame, event, argument):
+    name = frame.f_code.co_filename
+    if event == "call" and name.startswith(str(ROOT)) and frame.f_code.co_name != "<module>":
+        entered.add(str(Path(name).relative_to(ROOT)))
+def trace(on):
+    threading.setprofile(enter if on else None)
+    sys.setprofile(enter if on else None)
+"""
+UPDATE = TRACE + """
+import train
+from config import load
+class Stop:                   # asked once an update
+    updates = 0
+    def __bool__(self):
+        self.updates += 1
+        trace(self.updates == 2)
+        return self.updates == 3
+train.train(load(sys.argv[1:]), False, Stop())
+trace(False)
+print(json.dumps(sorted(entered)))
+"""
+SAMPLE = TRACE + """
+import torch
+from sample import MusicGen
+from data.audio import read_audio
+model = MusicGen.from_pretrained("checkpoints/tiny", "cpu")
+melody = read_audio("assets/ode_to_joy.wav", model.sample_rate, 1)
+torch.manual_seed(0)
+trace(True)
+wav = model.generate(["a slow flute tune"], [melody], duration=0.2)
+trace(False)
+print(json.dumps(sorted(entered)))
+"""
+RUN = flags(TRAIN, updates_per_epoch=3, save_every=0, log_every=10)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """The project without what is optional: speed/, evaluation/, tools/, and training of the codec."""
+    folder = tmp_path_factory.mktemp("bare")
+    names = [".*", "__pycache__", *OPTIONAL, "tests", "docs", "out"]
+    shutil.copytree(ROOT, folder / "project", ignore=shutil.ignore_patterns(*names))
+    for name in "codec losses discriminator muon plan samples command".split():
+        (folder / "project" / "training" / f"{name}.py").unlink()
+    return folder / "project"
+
+
+def run(code: str, folder: Path, *argv) -> list[str]:
+    """What the last line of a program's output lists."""
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_an_update_enters_six_files(bare, world, tmp_path):
+    argv = [*RUN, f"--codec={world / 'codec'}", f"--data_dir={world / 'tokens'}", f"--out_dir={tmp_path}"]
+    entered = run(UPDATE, bare, *argv)
+    assert {"train.py", "data/segments.py", "conditioners.py", "lm.py", "patterns.py"} <= set(entered)
+    assert len(entered) <= 6, entered
+
+
+def test_a_sample_enters_nine_files(bare):
+    entered = run(SAMPLE, bare)
+    stages = "sample conditioners chroma lm patterns encodec rvq".split()
+    assert {f"{stage}.py" for stage in stages} <= set(entered)
+    assert len(entered) <= 9, entered
+
+
+# --- what can be deleted ------------------------------------------------------------------------------------
+
+NUMBERS = """
+import json, sys, torch
+sys.path.insert(0, ".")
+torch.set_num_threads(1)
+from pathlib import Path
+import train
+from config import load
+from sample import MusicGen
+train.train(load(sys.argv[2:]))
+lines = [json.loads(line) for line in Path(sys.argv[1], "metrics.jsonl").read_text().splitlines()]
+losses = [line["loss"] for line in lines if line["split"] == "train"]
+model = MusicGen.from_pretrained("checkpoints/tiny", "cpu")
+codes = model.generate_codes(["a slow flute tune"], duration=1.0, temperature=0)
+print(json.dumps([losses, codes.tolist()]))
+"""
+
+
+def test_without_the_optional_folders_the_numbers_are_the_same(bare, world, tmp_path):
+    assert not any((bare / name).exists() for name in [*OPTIONAL, "training/codec.py"])
+    results = []
+    for folder in (ROOT, bare):
+        out = tmp_path / folder.name
+        data = [f"--codec={world / 'codec'}", f"--data_dir={world / 'tokens'}", f"--out_dir={out}"]
+        results.append(run(NUMBERS, folder, out, *RUN, "--log_every=1", *data))
+    (losses, codes), (bare_losses, bare_codes) = results
+    assert len(losses) == 3 and losses == pytest.approx(bare_losses, rel=1e-5)
+    assert codes == bare_codes

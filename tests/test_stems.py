@@ -1,0 +1,127 @@
+"""The melody's stem of a recording: what separation by medians is good for, and demucs where it is installed.
+
+    python -m pytest tests/test_stems.py
+"""
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from chroma import ChromaExtractor
+from data import stems
+from data.stems import hpss, pick_stem, separate
+from evaluation.metrics import chroma_agreement
+from system.errors import UserError
+
+SR = 16000
+
+
+# --- hpss -------------------------------------------------------------------------------------------------
+
+def note(pitch, seconds, harmonics, decay):
+    """A MIDI pitch as samples, struck and fading."""
+    t = np.arange(int(seconds * SR)) / SR
+    f = 440 * 2 ** ((pitch - 69) / 12)
+    wave = sum(np.sin(2 * np.pi * f * h * t) / h ** 1.2 for h in range(1, harmonics + 1))
+    return wave * np.exp(-decay * t) * np.minimum(1, t / 0.01) * np.minimum(1, (t[-1] - t) / 0.02)
+
+
+def drum(beat, rng):
+    """Kick, hi-hat, snare, hi-hat in turn."""
+    t = np.arange(int(0.25 * SR)) / SR
+    noise, kick = rng.standard_normal(len(t)), np.sin(2 * np.pi * (60 * t - np.exp(-20 * t)))
+    hat = 0.7 * noise * np.exp(-60 * t)
+    return (2 * kick * np.exp(-15 * t), hat, noise * np.exp(-20 * t), hat)[beat % 4]
+
+
+def melody_and_mix(seed, seconds=12):
+    """A tune in C4 ... G5, and the same under a louder bass in E1 ... G#2 and as loud drums; (1, L) each."""
+    rng = np.random.default_rng(seed)
+    high, low = [60, 62, 64, 65, 67, 69, 71, 72, 74, 76, 77, 79], [28, 29, 31, 33, 35, 36, 38, 40, 41, 43, 44]
+    melody = np.concatenate([note(rng.choice(high), 0.5, 6, 2) for _ in range(2 * seconds)])
+    bass = np.concatenate([note(rng.choice(low), 0.5, 5, 3) for _ in range(2 * seconds)])
+    drums = np.concatenate([drum(beat, rng) for beat in range(4 * seconds)])
+    parts = [(x / x.std()).astype(np.float32) for x in (melody, bass, drums)]
+    melody, bass, drums = (torch.from_numpy(part)[None] for part in parts)
+    return 0.25 * melody, 0.25 * melody + 0.5 * bass + 0.4 * drums
+
+
+def test_hpss_recovers_the_melody_from_a_mix():
+    extract, agreement = ChromaExtractor(SR, radix2_exp=13), {"none": [], "hpss": []}
+    for seed in range(3):
+        melody, mix = melody_and_mix(seed)
+        for stem in agreement:
+            agreement[stem].append(chroma_agreement(extract(separate(mix, SR, stem)), extract(melody)))
+    none, recovered = np.mean(agreement["none"]), np.mean(agreement["hpss"])
+    print(f"frames with the melody's pitch class: none {none:.3f}, hpss {recovered:.3f}")
+    assert none < 0.75 and recovered > 0.9 and recovered > none + 0.2
+    melody, _ = melody_and_mix(0)
+    assert chroma_agreement(extract(separate(melody, SR, "hpss")), extract(melody)) > 0.9
+
+
+def test_hpss_blocks_do_not_show():
+    hop = 512  # at 16 kHz; a block is 1,000 hops
+    wav = torch.randn(1100 * hop, generator=torch.Generator().manual_seed(0))
+    late = hpss(wav[800 * hop:], SR)  # one block that has the other's edge in its middle
+    torch.testing.assert_close(hpss(wav, SR)[900 * hop:], late[100 * hop:], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("L", [1, 100, 1000, 5000])
+@pytest.mark.parametrize("stem", ["none", "hpss"])
+def test_any_length_and_silence(L, stem):
+    for wav in (torch.randn(2, L), torch.zeros(1, L)):
+        out = separate(wav, SR, stem)
+        assert out.shape == (1, L) and out.isfinite().all()
+
+
+def test_an_unknown_stem_is_refused():
+    with pytest.raises(UserError, match="stem = 'drums'.*auto, none, hpss, demucs"):
+        separate(torch.zeros(1, 1000), SR, "drums")
+
+
+# --- demucs -----------------------------------------------------------------------------------------------
+
+def test_demucs_missing_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(stems.importlib.util, "find_spec", lambda name: None)
+    assert pick_stem("auto") == "hpss"
+    with pytest.raises(UserError, match="pip install demucs.*hpss"):
+        separate(torch.zeros(1, 1000), SR, "demucs")
+
+
+DEMUCS = {      # a stand-in for the package: its four stems are the mix times 1, 10, 100, 1000
+    "__init__.py": "",
+    "pretrained.py": """
+import torch
+class Model(torch.nn.Module):
+    samplerate, audio_channels = 16000, 2
+    sources = ['drums', 'bass', 'other', 'vocals']
+def get_model(name):
+    assert name == 'htdemucs'
+    return Model()
+""",
+    "apply.py": """
+import torch
+def apply_model(model, mix, device):
+    return mix[:, None] * torch.tensor([1., 10., 100., 1000.], device=device)[None, :, None, None]
+""",
+    "audio.py": """
+def convert_audio(wav, a, b, channels):
+    assert a == b
+    return wav.mean(-2, keepdim=True).expand(*wav.shape[:-2], channels, wav.shape[-1])
+""",
+}
+
+
+def test_demucs_keeps_vocals_and_other(monkeypatch, tmp_path):
+    (tmp_path / "demucs").mkdir()
+    for name, content in DEMUCS.items():
+        (tmp_path / "demucs" / name).write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    stems._load_demucs.cache_clear()
+    wav = torch.randn(2, 3000)
+    assert pick_stem("auto") == "demucs"
+    torch.testing.assert_close(separate(wav, SR, "auto"), 1100 * wav.mean(0, keepdim=True))
+    stems._load_demucs.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "demucs"]:
+        del sys.modules[name]
