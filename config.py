@@ -168,7 +168,7 @@ class Config:
 
     # --- sampling (sample.py) ------------------------------------------------------------------------------
     top_k: int = amount(250, "likeliest entries that sampling chooses from; 0: all")
-    top_p: float = fraction(0.0, "probability that the entries chosen from add up to; 0: off")
+    top_p: float = fraction(0.0, "above 0: choose from entries that add up to it, without top_k")
     temperature: float = amount(1.0, "0: always the likeliest entry")
     extend_stride: float = setting(18.0, "s, step of the window beyond segment_duration", most=86_400)
 

@@ -355,20 +355,21 @@ def guide(conditional, null, guidance):
 def draw(logits, uniform, temperature=1.0, top_k=0, top_p=0.0):
     """Logits (B, K, V) and uniform numbers (B, K) in [0, 1) -> codes (B, K).
 
-    Every codebook is drawn independently (MusicGen, equation 4), by inverse transform sampling over the
-    sorted entries: the draw depends on the item's own numbers alone, so a batch, a device or a neighbor
-    cannot change it. Temperature 0 or top_k 1 is greedy.
+    With top_p above 0 the entries chosen from are the likeliest ones that add up to it, whatever top_k says;
+    else they are the top_k likeliest (audiocraft's rule). Every codebook is drawn independently (MusicGen,
+    equation 4), by inverse transform sampling over the sorted entries: the draw depends on the item's own
+    numbers alone, so a batch, a device or a neighbor cannot change it. Temperature 0 or top_k 1 is greedy.
     """
-    if temperature < 1e-5 or top_k == 1:
-        return logits.argmax(-1)
     V = logits.shape[-1]
-    k = min(top_k, V) if top_k else V
+    k = V if top_p or not top_k else min(top_k, V)
+    if temperature < 1e-5 or k == 1:
+        return logits.argmax(-1)
     logits = logits.float() / temperature
     values, index = logits.topk(k, dim=-1)                                  # sorted
     cumulative = values.softmax(-1).cumsum(-1)                              # (B, K, k)
     total = cumulative[..., -1]
-    if top_p:       # the entries before which less than top_p has been collected: the first is always one
-        inside = F.pad(cumulative, (1, -1)) < top_p
+    if top_p:       # the entries before which no more than top_p has been collected: at least the first
+        inside = F.pad(cumulative, (1, -1)) <= top_p
         total = cumulative.masked_fill(~inside, 0.0).amax(-1)
     target = (uniform * total)[..., None]
     place = torch.searchsorted(cumulative, target, right=True)

@@ -107,6 +107,28 @@ def test_guidance_one_is_conditional_zero_is_unconditional_and_two_steps_equal_o
 
 # --- sampling ---------------------------------------------------------------------------------------------
 
+def allowed(probabilities, top_k, top_p):
+    """The probabilities (V,) that sampling draws from, by audiocraft's rule: top_p alone, else top_k."""
+    kept, before = torch.zeros_like(probabilities), 0.0
+    for rank, entry in enumerate(probabilities.argsort(descending=True).tolist()):
+        if before <= top_p if top_p > 0 else rank < (top_k or len(kept)):
+            kept[entry] = probabilities[entry]
+        before += float(probabilities[entry])
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 5, 250])
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.75, 0.9, 0.999, 1.0])
+def test_top_p_replaces_top_k(top_k, top_p):
+    torch.manual_seed(1)
+    logits, n, temperature = torch.randn(1, 1, 12) * 2, 4000, 1.3
+    uniform = (torch.arange(n) + 0.5).view(n, 1) / n
+    draws = draw(logits.expand(n, 1, 12), uniform, temperature, top_k, top_p).flatten()
+    found = torch.bincount(draws, minlength=12) / n
+    expected = allowed((logits.flatten() / temperature).softmax(0), top_k, top_p)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
 def test_draws_follow_the_distribution():
     torch.manual_seed(0)
     logits, n = torch.randn(1, 1, 8) * 2, 4000
