@@ -11,6 +11,7 @@ the best map from the names here to those in audiocraft's code. Every number of 
 the checkpoint's own configuration.
 """
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -52,16 +53,20 @@ CODEC_FIELDS = {  # ours: transformers'; audiocraft has seanet.OURS but for samp
     "norm": "norm_type",
     "card": "codebook_size",
 }
-SUPPORTED = (  # transformers', audiocraft's, the one value that is supported
+SUPPORTED = (  # transformers', audiocraft's, the one value that is supported, which is the default of both
+    (None, "compression_model", "encodec"),
     ("normalize", "encodec.renormalize", False),
     ("chunk_length_s", None, None),
     ("trim_right_ratio", "seanet.decoder.trim_right_ratio", 1.0),
     (None, "seanet.activation", "ELU"),
+    (None, "seanet.activation_params", {"alpha": 1.0}),
+    (None, "seanet.norm_params", {}),
     (None, "seanet.disable_norm_outer_blocks", 0),
     (None, "seanet.decoder.final_activation", None),
     (None, "encodec.autoencoder", "seanet"),
     (None, "encodec.quantizer", "rvq"),
 )
+OF_48_KHZ = ("normalize", "chunk_length_s", "encodec.renormalize")
 
 
 def codebook_bandwidth(config: Config) -> float:
@@ -120,6 +125,9 @@ def read_codec(name, dtype=None, named_by=None) -> tuple[Config, dict, str]:
             return read_codec(tree["pretrained"], dtype, named_by=name)
         tensors = {key: value.to(dtype or value.dtype) for key, value in tensors.items()}  # all are floating
         return config_of(values_from_audiocraft(tree, name), name), current_spelling(tensors), "audiocraft"
+    if is_audiocraft(directory, "state_dict.bin"):
+        raise UserError(f"{name}: has a language model (state_dict.bin) without its codec; put the file "
+                        f"compression_state_dict.bin of the same model beside it")
     if not (directory / "config.json").is_file():
         raise UserError(f"{name}: has no config.json and no compression_state_dict.bin, so no codec we know")
     values = read_json(directory / "config.json")
@@ -159,20 +167,35 @@ def values_from_transformers(values: dict, K: int, where) -> dict:
         n_q = K if K == int(bits // 10) else int(bits // math.ceil(math.log2(foreign.codebook_size)))
     for key, _, value in SUPPORTED + (("codebook_dim", None, foreign.hidden_size),):
         if key and getattr(foreign, key) != value:
-            raise UserError(f"{where}: {key} = {getattr(foreign, key)!r} is not supported, only {value!r}")
+            raise UserError(f"{where}: {not_supported(key, getattr(foreign, key), value)}")
     ours = {key: getattr(foreign, foreign_key) for key, foreign_key in CODEC_FIELDS.items()}
     return ours | {"n_q": n_q, "true_skip": not foreign.use_conv_shortcut}
 
 
 def values_from_audiocraft(tree: dict, where) -> dict:
-    """Our settings from audiocraft's configuration."""
+    """Our settings from audiocraft's configuration.
+
+    That of June 2023 has no encodec.renormalize, but a section encodec.renorm, which audiocraft ignores.
+    """
     for _, path, value in SUPPORTED:
-        found = look_up(tree, path, where) if path else value
+        found = look_up(tree, path, where, value) if path else value
         if found != value:
-            raise UserError(f"{where}: {path} = {found!r} is not supported, only {value!r}")
+            raise UserError(f"{where}: {not_supported(path, found, value)}")
     paths = {key: f"seanet.{key}" for key in (*CODEC_FIELDS, "true_skip")}
     paths |= {"sample_rate": "sample_rate", "card": "rvq.bins", "n_q": "rvq.n_q"}
-    return {key: look_up(tree, path, where) for key, path in paths.items()}
+    values = {key: look_up(tree, path, where) for key, path in paths.items()}
+    for part, key in itertools.product(("encoder", "decoder"), values):     # each may have its own value
+        found = look_up(tree, f"seanet.{part}.{key}", where, values[key])
+        if found != values[key]:
+            raise UserError(f"{where}: {not_supported(f'seanet.{part}.{key}', found, values[key])}")
+    return values
+
+
+def not_supported(key: str, found, value) -> str:
+    """What is wrong with a codec that has another value than the supported one, and the way out."""
+    example = " (as in facebook/encodec_48khz)" if key in OF_48_KHZ else ""
+    return (f"{key} = {found!r:.80}{example} is not supported, only {value!r}; take a codec such as "
+            f"facebook/encodec_32khz or facebook/encodec_24khz")
 
 
 # --- writing ----------------------------------------------------------------------------------------------

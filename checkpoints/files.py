@@ -30,10 +30,13 @@ def current_name(name: str) -> str:
 
 
 def open_checkpoint(name) -> Path:
-    """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> directory."""
+    """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> directory.
+
+    Raises UserError for what is neither, and for an adapter of PEFT, which is no whole model.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return refuse_adapter(path, name)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)):
         raise UserError(f"{name}: neither a directory nor a Hugging Face id such as facebook/musicgen-melody")
     from huggingface_hub import snapshot_download
@@ -43,7 +46,25 @@ def open_checkpoint(name) -> Path:
         directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.safetensors"]))
         if not any(directory.glob("*.safetensors")):  # an older upload
             directory = Path(snapshot_download(str(name), allow_patterns=small + ["*.bin"]))
-        return directory
+        return refuse_adapter(directory, name)
+
+
+def refuse_adapter(directory: Path, name) -> Path:
+    """The directory, unless PEFT wrote it, without the weights that its adapter belongs to."""
+    about = directory / "adapter_config.json"
+    if about.is_file() and not has_whole_weights(directory):
+        base = read_json(about).get("base_model_name_or_path")
+        raise UserError(f"{name}: holds an adapter of PEFT for {base!r:.80}, not a whole model; merge it "
+                        f"into that model (PEFT's merge_and_unload) and save the result")
+    return directory
+
+
+def refuse_pointer(path: Path):
+    """Raises UserError for what Git leaves in the place of a large file when Git LFS is not installed."""
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise UserError(f"{path}: a pointer of Git LFS, not the file itself; run `git lfs install` and "
+                            f"`git lfs pull` in its folder, or give the Hugging Face id")
 
 
 def read_tensors(directory, prefix: str = "", dtype: torch.dtype | None = None):
@@ -83,6 +104,7 @@ def _tensors_of(path, prefix: str):
     if path.suffix == ".safetensors":
         from safetensors import safe_open
         with as_user_error(f"{path}: damaged, or not a safetensors file"):
+            refuse_pointer(path)
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith(prefix)]
             for i in range(0, len(names), 8):
@@ -97,6 +119,7 @@ def _tensors_of(path, prefix: str):
 def read_pickle(path) -> dict:
     """A .bin file of torch.save: tensors and plain values, no code is run. Raises UserError naming it."""
     with as_user_error(f"{path}: damaged, or more than plain tensors"):
+        refuse_pointer(path)
         value = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(value, dict), f"it holds a {type(value).__name__}"
         for tensor in _tensors_in(value):  # strides of 0 make much of little, until something copies it
@@ -127,8 +150,12 @@ def read_audiocraft(path) -> tuple[dict, dict]:
 
 def is_audiocraft(directory, name: str) -> bool:
     """Whether to read `name` of audiocraft's format: a clone from the hub holds transformers' format too."""
-    others = [*directory.glob("model*.safetensors"), *directory.glob("pytorch_model*.bin")]
-    return (directory / name).is_file() and not others
+    return (directory / name).is_file() and not has_whole_weights(directory)
+
+
+def has_whole_weights(directory: Path) -> bool:
+    """Whether there are weights in transformers' format or ours."""
+    return any([*directory.glob("model*.safetensors"), *directory.glob("pytorch_model*.bin")])
 
 
 def look_up(tree: dict, path: str, where, *default, depth=0):
@@ -136,7 +163,7 @@ def look_up(tree: dict, path: str, where, *default, depth=0):
     value = tree
     for key in path.split("."):
         if not isinstance(value, dict) or key not in value or depth > 9:
-            if default:
+            if default and not depth:       # a reference must lead somewhere
                 return default[0]
             raise UserError(f"{where}: its configuration lacks {path}")
         value = value[key]

@@ -17,7 +17,7 @@ import torch
 from checkpoints.codec_formats import export_codec
 from checkpoints.files import (SCALE, current_name, is_audiocraft, listed, look_up, quantize_rows,
                                read_audiocraft, read_tensors, write_tensors)
-from config import Config
+from config import Config, known
 from system.errors import UserError
 from system.files import read_json, write_atomic
 
@@ -98,8 +98,9 @@ def read_ours(directory, dtype, int8: set) -> dict:
         if name not in int8:
             del tensors[name + SCALE]
             tensors[name] = (weight * scale[:, None]).to(dtype or torch.float32)
-    if TIED[0] in tensors:
-        tensors.setdefault(TIED[1], tensors[TIED[0]])
+    for name, other in (TIED, TIED[::-1]):
+        if name in tensors:
+            tensors.setdefault(other, tensors[name])
     return tensors
 
 
@@ -217,14 +218,29 @@ def lm_config_from_transformers(directory) -> Config:
         features = directory / "preprocessor_config.json"
         if features.is_file():
             values["radix2_exp"] = int(read_json(features).get("n_fft", 16384)).bit_length() - 1
-    return Config(**values)
+    return Config(**values | generation_settings(directory / "generation_config.json"))
 
 
+def generation_settings(path) -> dict:
+    """Guidance and sampling that a generation_config.json asks for; what it leaves out is our default.
+
+    transformers cuts to top_k and then to top_p, we to one of them: top_p counts where top_k is 0.
+    """
+    values = read_json(path) if path.is_file() else {}
+    settings = dict(cfg_coef=values.get("guidance_scale"), top_k=values.get("top_k"),
+                    temperature=values.get("temperature"))
+    if values.get("top_k") == 0 and values.get("top_p") != 1.0:
+        settings["top_p"] = values.get("top_p")
+    return known({key: value for key, value in settings.items() if value is not None}, path)
+
+
+CONDITIONERS = {"description": "t5", "self_wav": "chroma_stem"}     # audiocraft's: the model that reads each
 LM_ONLY = {  # where audiocraft's configuration has one of these, it must have this value
+    "lm_model": "transformer_lm",
     **{f"transformer_lm.{key}": value for key, value in dict(
-        activation="gelu", norm_first=True, norm="layer_norm", bias_ff=False, bias_attn=False,
-        bias_proj=False, causal=True, past_context=None, layer_scale=None, xpos=False, qk_layer_norm=False,
-        qk_layer_norm_cross=False, kv_repeat=1).items()},
+        positional_embedding="sin", activation="gelu", norm_first=True, norm="layer_norm", bias_ff=False,
+        bias_attn=False, bias_proj=False, causal=True, past_context=None, layer_scale=None, xpos=False,
+        qk_layer_norm=False, qk_layer_norm_cross=False, kv_repeat=1).items()},
     "codebooks_pattern.delay.flatten_first": 0, "codebooks_pattern.delay.empty_initial": 0,
     "fuser.cross_attention_pos_emb": False, "interleave_stereo_codebooks.per_timestep": False,
     "conditioners.self_wav.chroma_stem.argmax": True}
@@ -237,7 +253,15 @@ def lm_config_from_audiocraft(theirs: dict, directory) -> Config:
 
     for path, value in LM_ONLY.items():
         if get(path, value) != value:
-            raise UserError(f"{directory}: {path} = {get(path)!r} is not supported, only {value!r}")
+            raise UserError(f"{directory}: {path} = {get(path)!r:.80} is not supported, only {value!r}; take "
+                            f"a model that has it, such as facebook/musicgen-melody")
+    for name in get("conditioners", None) or ():
+        model = get(f"conditioners.{name}.model", None)
+        if model not in (None, CONDITIONERS.get(name)):
+            example = " (as in facebook/musicgen-style)" if model == "style" else ""
+            raise UserError(f"{directory}: conditioners.{name}.model = {model!r:.80}{example} is not "
+                            f"supported, only t5 for description and chroma_stem for self_wav; take a model "
+                            f"of text and melody, such as facebook/musicgen-melody")
 
     def fusion(name):
         for way in ("prepend", "cross", "sum", "interpolate"):
@@ -252,14 +276,17 @@ def lm_config_from_audiocraft(theirs: dict, directory) -> Config:
         segment_duration=float(get("dataset.segment_duration")),
         text=fusion("description") if text == "t5" else "none",
         melody=fusion("self_wav") if melody == "chroma_stem" else "none",
-        positional_embedding=get("transformer_lm.positional_embedding", "sin"),
         positional_scale=float(get("transformer_lm.positional_scale", 1.0)),
         max_period=float(get("transformer_lm.max_period", 10000)),
         cfg_coef=float(get("classifier_free_guidance.inference_coef", 3.0)),
-        pattern=get("codebooks_pattern.modeling"),
-        delays=tuple(get("codebooks_pattern.delay.delays", (0, 1, 2, 3))))
+        pattern=get("codebooks_pattern.modeling", None))
     for key in ("dim", "num_heads", "num_layers", "hidden_scale", "n_q", "card"):
         values[key] = get(f"transformer_lm.{key}")
+    values["delays"] = tuple(range(min(values["n_q"], 65)))
+    if values["pattern"] is None:       # in June 2023 the pattern was a key of the language model
+        values["pattern"] = get("transformer_lm.q_modeling")
+    else:
+        values["delays"] = tuple(get("codebooks_pattern.delay.delays", values["delays"]))
     if values["pattern"] not in ("delay", "parallel"):
         raise UserError(f"{directory}: codebooks_pattern.modeling = {values['pattern']!r} is not supported, "
                         f"only delay or parallel")
@@ -338,7 +365,8 @@ def exported_configs(c: Config, text_encoder: dict, audio_encoder: dict) -> dict
         # transformers has none of these two: for our own reader
         segment_duration=c.segment_duration, extend_stride=c.extend_stride)
     generation = dict(
-        do_sample=True, guidance_scale=c.cfg_coef, top_k=c.top_k, temperature=c.temperature,
+        do_sample=c.temperature > 0, guidance_scale=c.cfg_coef, temperature=c.temperature,
+        top_k=0 if c.top_p else c.top_k, top_p=c.top_p or 1.0,
         max_length=round(c.segment_duration * c.sample_rate / c.stride), pad_token_id=c.card,
         bos_token_id=c.card, decoder_start_token_id=c.card)
     features = dict(

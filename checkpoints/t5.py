@@ -4,15 +4,20 @@
 
 Also the small T5 of the tiny models: transformers' class with random weights, over bytes or listed words.
 """
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from checkpoints.files import load_strict, open_checkpoint, read_tensors
+from checkpoints.files import load_strict, open_checkpoint, read_tensors, refuse_pointer
 from config import Config
-from system.errors import as_user_error
+from system.errors import UserError, as_user_error
 from system.files import read_json
 
 SMALL_T5 = ("bytes", "words")       # names of the small ones, which are trained along
+# one table, of which a file may keep any of the names: the decoder's is tied to it, too
+EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+VOCABULARIES = ("tokenizer.json", "spiece.model")   # files of T5's tokenizer: one of them is enough
 # known without a download
 T5_WIDTHS = {"t5-small": 512, "t5-base": 768, "t5-large": 1024, "google/flan-t5-base": 768}
 
@@ -55,9 +60,10 @@ def load_t5(name: str) -> nn.Module:
     directory = open_checkpoint(name)
     prefix = "text_encoder." if "text_encoder" in read_json(directory / "config.json") else ""
     tensors = {key: value for key, value in read_tensors(directory, prefix, torch.float32)
-               if key.startswith(("shared.", "encoder."))}
-    if "shared.weight" in tensors:      # one table under two names
-        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+               if key in EMBEDDING or key.startswith("encoder.")}
+    found = [tensors.pop(key) for key in EMBEDDING if key in tensors]
+    if found:
+        tensors |= {"shared.weight": found[0], "encoder.embed_tokens.weight": found[0]}
     load_strict(t5, tensors, f"T5 in {name}")
     return t5
 
@@ -69,8 +75,46 @@ def load_tokenizer(name: str, words: dict):
         return ByT5Tokenizer(extra_ids=0)
     if name == "words":
         return word_tokenizer(words)
+    directory, entries = tokenizer_directory(name), t5_config(name).vocab_size
     with as_user_error(f"{name}: holds no tokenizer for its text encoder"):
-        return AutoTokenizer.from_pretrained(open_checkpoint(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= entries:
+        raise UserError(f"{name}: its text encoder has {entries} tokens, the tokenizer in {directory} makes "
+                        f"token {largest}; copy the tokenizer of the T5 that it was made with into {name}")
+    return tokenizer
+
+
+def tokenizer_directory(name: str) -> Path:
+    """The directory with the tokenizer of a T5: its own, or that of the T5 which its configuration names.
+
+    Where there is no vocabulary, transformers makes one up, in which every word is unknown. Raises UserError.
+    """
+    directory = open_checkpoint(name)
+    if has_tokenizer(directory):
+        return directory
+    values = read_json(directory / "config.json")
+    values = values.get("text_encoder", values)
+    named = values.get("_name_or_path") if isinstance(values, dict) else None
+    reason = "its config.json names no T5 with one"
+    if isinstance(named, str) and named:
+        try:
+            directory = open_checkpoint(named)
+        except UserError as error:
+            reason = f"that of its text encoder cannot be had: {error}"
+        if has_tokenizer(directory):
+            return directory
+    raise UserError(f"{name}: has no tokenizer ({' or '.join(VOCABULARIES)}); copy that of its T5 into it, "
+                    f"which is t5-base for the released models ({reason})")
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there is a vocabulary, or the name of the one tokenizer that needs none."""
+    found = [path for path in (directory / name for name in VOCABULARIES) if path.is_file()]
+    for path in found:
+        refuse_pointer(path)
+    about = directory / "tokenizer_config.json"
+    return bool(found) or about.is_file() and read_json(about).get("tokenizer_class") == "ByT5Tokenizer"
 
 
 def word_tokenizer(words: dict):

@@ -124,6 +124,9 @@ def export(MusicGen, args):
         MusicGen(lm, codec).save(args.export, compact=True)
     if args.export_hf:
         export_transformers(lm, codec, args.export_hf)
+        if lm.config.melody != "none":
+            print("Note: transformers 5.0 to 5.17 silently ignore the melody and the text of MusicgenMelody; "
+                  "use 5.18 or newer with this export", file=sys.stderr)
     print(args.export or args.export_hf)
 
 

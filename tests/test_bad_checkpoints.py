@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from commands import command, either, load_codec, load_model, refused, sampling, snapshot
+from commands import command, either, load_codec, load_model, refused, sampling, snapshot, worked
 from damage import HUGE, ODD, TEXTS, WEIGHTS, flipped, largest, tensors, values, write_odd
 from sample import MusicGen
 
@@ -283,6 +283,52 @@ def test_damaged_files_beside_a_model_of_transformers(world, tmp_path, file, har
         path.write_bytes(BESIDE[harm](data))
     either(sampling(world, "--text", "a", "--checkpoint", path.parent, cwd=tmp_path), "model")
     assert not (tmp_path / "ran").exists()
+
+
+# --- what is no checkpoint, but nearly --------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 2364000000\n"
+
+
+@pytest.mark.parametrize("kind, file", [
+    *FILES, ("hf", "pytorch_model.bin"), ("none", "state_dict.bin"), ("none", "compression_state_dict.bin")])
+def test_pointers_of_git_lfs(world, tmp_path, kind, file):
+    """What a clone holds in place of large files where Git LFS is not installed."""
+    folder = tmp_path / "model"
+    folder.mkdir() if kind == "none" else shutil.copytree(world / kind, folder)
+    path = folder / file
+    if file == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    path.write_bytes(POINTER)
+    load = load_codec if "codec" in file or "compression" in file else load_model
+    refused(command(load, path.parent), str(path), "Git LFS", "git lfs pull")
+
+
+@pytest.mark.parametrize("load", [load_model, load_codec])
+@pytest.mark.parametrize("base", ["facebook/musicgen-small", None, [3], "x" * 10_000])
+def test_an_adapter_without_its_model(world, tmp_path, load, base):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(world / "hf" / "config.json", folder)       # some trainers copy it
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    refused(command(load, folder), str(folder), "adapter of PEFT", str(base)[:20], "merge_and_unload")
+
+
+def test_a_model_with_an_adapter_beside_it_is_a_model(world, tmp_path):
+    folder = shutil.copytree(world / "hf", tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    worked(command(load_model, folder))
+
+
+@pytest.mark.parametrize("more", [(), ("config.json",)])
+def test_a_language_model_of_audiocraft_without_its_codec(world, tmp_path, more):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"best_state": {"x": torch.zeros(2)}, "xp.cfg": "a: 1"}, folder / "state_dict.bin")
+    for name in more:
+        shutil.copy(world / "hf" / name, folder)
+    refused(command(load_codec, folder), str(folder), "compression_state_dict.bin", "beside it")
 
 
 SHARDS = {  # weight_map of model.safetensors.index.json

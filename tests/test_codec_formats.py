@@ -15,6 +15,7 @@ import transformers
 from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
 
+from checkpoints.codec_formats import foreign_name
 from commands import command, refused
 from encodec import EncodecModel
 from models import CODEC_STYLES, codec_of_transformers, noise, tiny_codec
@@ -137,7 +138,77 @@ def test_unsupported_configurations_are_named(key, value, named, tmp_path):
         EncodecModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("values", [dict(normalize=True, chunk_length_s=1.0, overlap=0.01),
+                                    dict(normalize=True), dict(chunk_length_s=1.0)], ids=str)
+def test_the_48_khz_codec_is_refused_by_its_name(values, tmp_path):
+    put("32 kHz", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    refused(command(lambda argv: EncodecModel.from_pretrained(*argv), tmp_path), str(tmp_path),
+            "facebook/encodec_48khz", "take a codec such as facebook/encodec_32khz")
+
+
 # --- audiocraft's format (its numbers are in test_encodec.py) ---------------------------------------------
+
+XP = """
+compression_model: encodec
+sample_rate: 2400
+channels: 1
+encodec: {autoencoder: seanet, quantizer: rvq, sample_rate: '${sample_rate}', channels: '${channels}',
+  causal: false, renormalize: false}
+seanet: {dimension: 8, channels: '${channels}', causal: '${encodec.causal}', n_filters: 2,
+  n_residual_layers: 1, ratios: [4, 3, 2], activation: ELU, activation_params: {alpha: 1.}, norm: weight_norm,
+  norm_params: {}, kernel_size: 7, residual_kernel_size: 3, last_kernel_size: 7, dilation_base: 2,
+  pad_mode: constant, true_skip: true, compress: 2, lstm: 1, disable_norm_outer_blocks: 0,
+  decoder: {trim_right_ratio: 1.0, final_activation: null, final_activation_params: null}, encoder: {}}
+rvq: {n_q: 3, bins: 16}
+"""
+JUNE_2023 = "renorm: {loudness_db: -14}"     # a section that audiocraft ignores
+
+
+def write_as_audiocraft(directory, codec, xp):
+    state = {foreign_name(name, "audiocraft"): tensor for name, tensor in codec.state_dict().items()}
+    torch.save({"best_state": state, "xp.cfg": xp}, directory / "compression_state_dict.bin")
+
+
+@pytest.mark.parametrize("there, instead", [
+    ("", ""),
+    ("renormalize: false", JUNE_2023),
+    ("renormalize: false", "renorm: null"),
+    (", renormalize: false", ""),
+    ("compression_model: encodec", ""),
+    ("activation: ELU, activation_params: {alpha: 1.}, ", ""),
+    (", disable_norm_outer_blocks: 0", ""),
+    ("trim_right_ratio: 1.0, ", ""),
+    ("final_activation: null, ", ""),
+    (",\n  decoder: {trim_right_ratio: 1.0, final_activation: null, final_activation_params: null}", ""),
+])
+def test_what_a_configuration_of_audiocraft_may_lack(there, instead, tmp_path):
+    """All of June 2023, and what has but one supported value, which is audiocraft's default."""
+    assert there in XP
+    codec, wav = tiny_codec(), noise(1, 1, 50)
+    write_as_audiocraft(tmp_path, codec, XP.replace(there, instead, 1))
+    again = EncodecModel.from_pretrained(tmp_path)
+    assert torch.equal(again.encode(wav), codec.encode(wav))
+    assert torch.equal(again.decode(codec.encode(wav)), codec.decode(codec.encode(wav)))
+
+
+@pytest.mark.parametrize("there, instead, named", [
+    ("renormalize: false", "renormalize: true", "encodec.renormalize = True"),
+    ("compression_model: encodec", "compression_model: dac", "compression_model = 'dac'"),
+    ("alpha: 1.", "alpha: 0.5", "seanet.activation_params"),
+    ("activation: ELU", "activation: Snake", "seanet.activation = 'Snake'"),
+    ("encoder: {}", "encoder: {causal: true}", "seanet.encoder.causal = True"),
+    ("final_activation: null", "final_activation: Tanh", "seanet.decoder.final_activation = 'Tanh'"),
+    ("decoder: {", "decoder: {dilation_base: 3, ", "seanet.decoder.dilation_base = 3"),
+    ("renormalize: false", "renormalize: '${nowhere}'", "nowhere"),
+    ("sample_rate: 2400", "", "sample_rate"),
+])
+def test_what_audiocraft_can_do_and_we_cannot_is_named(there, instead, named, tmp_path):
+    assert there in XP
+    write_as_audiocraft(tmp_path, tiny_codec(), XP.replace(there, instead, 1))
+    refused(command(lambda argv: EncodecModel.from_pretrained(*argv), tmp_path), str(tmp_path), named)
+
 
 def test_a_checkpoint_of_audiocraft_may_merely_name_its_codec(tmp_path):
     codec, wav = tiny_codec(), noise(1, 1, 50)

@@ -218,6 +218,92 @@ def test_wrong_tensors_are_listed(tmp_path):
             LMModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("kept", ["shared", "encoder.embed_tokens", "decoder.embed_tokens"])
+def test_one_name_of_the_embedding_of_t5_is_enough(tmp_path, kept):
+    """A converter that drops tied tensors keeps the one that it meets first."""
+    musicgen_of_transformers(tmp_path, "melody")
+    expected = load_t5(tmp_path).state_dict()
+    path = tmp_path / "model.safetensors"
+    tensors = dict(load_file(path))
+    tied = {f"text_encoder.{name}.weight" for name in ("shared", "encoder.embed_tokens")} & tensors.keys()
+    table = [tensors.pop(name) for name in tied][0]
+    save_file(tensors | {f"text_encoder.{kept}.weight": table}, path, {"format": "pt"})
+    for name, tensor in load_t5(tmp_path).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert MusicGen.from_pretrained(tmp_path, "cpu").generate(["slow"], duration=0.05).isfinite().all()
+    del tensors["text_encoder.encoder.final_layer_norm.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match="missing: .*final_layer_norm.weight, shared.weight"):
+        load_t5(tmp_path)
+
+
+def without_tokenizer(directory, named=None):
+    """Takes the tokenizer out of a directory whose config.json names its T5, if at all."""
+    for path in directory.glob("*token*"):
+        path.unlink()
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["text_encoder"]["_name_or_path"] = named
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("named", [None, "", 3, "t5-nowhere/x", "/nowhere", "itself", "no tokenizer"])
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path, named):
+    """transformers would make a vocabulary up, in which every word is unknown."""
+    folder = tmp_path / "model"
+    musicgen_of_transformers(folder, "melody")
+    (tmp_path / "empty").mkdir()
+    named = {"itself": str(folder), "no tokenizer": str(tmp_path / "empty")}.get(named, named)
+    without_tokenizer(folder, named)
+    lm, codec = LMModel.from_pretrained(folder), EncodecModel.from_pretrained(folder)
+    for use in (lambda: MusicGen.from_pretrained(folder, "cpu").generate(["slow"], duration=0.05),
+                lambda: export_transformers(lm, codec, tmp_path / "out")):
+        with pytest.raises(UserError, match=f"{folder}: has no tokenizer") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+def test_the_tokenizer_of_the_t5_that_is_named(tmp_path):
+    musicgen_of_transformers(tmp_path / "model", "melody")
+    word_tokenizer().save_pretrained(tmp_path / "t5")
+    expected = ours(tmp_path / "model", ["slow flute"], frames=20)
+    without_tokenizer(tmp_path / "model", str(tmp_path / "t5"))
+    assert torch.equal(ours(tmp_path / "model", ["slow flute"], frames=20), expected)
+    path = tmp_path / "t5" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"] |= {f"word{n}": n for n in range(19, 30)}      # of another T5
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"{tmp_path / 'model'}: its text encoder has 20 tokens.*token 29"):
+        ours(tmp_path / "model", ["slow flute"], frames=20)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(UserError, match=f"{path}: a pointer of Git LFS"):
+        ours(tmp_path / "model", ["slow flute"], frames=20)
+
+
+def generation(directory, **values):
+    (directory / "generation_config.json").write_text(json.dumps(values))
+    return LMModel.from_pretrained(directory).config
+
+
+def test_sampling_is_as_generation_config_says(tmp_path):
+    musicgen_of_transformers(tmp_path, "melody")
+
+    def sampling(config):
+        return config.cfg_coef, config.top_k, config.temperature, config.top_p
+    default = (3.0, 250, 1.0, 0.0)
+    assert sampling(LMModel.from_pretrained(tmp_path).config) == default
+    assert sampling(generation(tmp_path, guidance_scale=4, top_k=50, temperature=0.7, max_length=9)) == (
+        4.0, 50, 0.7, 0.0)
+    assert sampling(generation(tmp_path, guidance_scale=None, top_k=0, top_p=0.9)) == (3.0, 0, 1.0, 0.9)
+    assert sampling(generation(tmp_path, top_k=0, top_p=1.0)) == (3.0, 0, 1.0, 0.0)
+    assert sampling(generation(tmp_path, top_k=50, top_p=0.9)) == (3.0, 50, 1.0, 0.0)
+    for values in (dict(guidance_scale="x"), dict(top_k=-1), dict(top_k=2.5), dict(temperature=[1])):
+        with pytest.raises(UserError, match="generation_config.json: (cfg_coef|top_k|temperature) = "):
+            generation(tmp_path, **values)
+    (tmp_path / "generation_config.json").unlink()
+    assert sampling(LMModel.from_pretrained(tmp_path).config) == default
+
+
 # --- audiocraft's format ----------------------------------------------------------------------------------
 
 XP = """                   # what audiocraft's solver=musicgen/musicgen_melody_32khz writes, in tiny sizes
@@ -288,8 +374,39 @@ def test_the_format_of_audiocraft(tmp_path):
     assert model.generate(["slow flute"], duration=0.2).shape == (1, 1, 1600)
 
 
+PATTERN = "codebooks_pattern: {modeling: delay, delay: {delays: [0, 1, 2, 3]"
+
+
+@pytest.mark.parametrize("instead", [
+    "codebooks_pattern: {modeling: null, delay: {delays: [0, 0, 0, 0]",
+    "codebooks_pattern: {modeling: null, delay: {x: 1",
+    "codebooks_pattern: {modeling: delay, delay: {x: 1"])
+def test_the_pattern_of_june_2023_is_a_key_of_the_language_model(tmp_path, instead):
+    """Its delays are then 0, 1, 2 ..., which is also what they are where none are given."""
+    musicgen_of_transformers(tmp_path / "first", "melody")
+    assert PATTERN in XP
+    xp = XP.replace(PATTERN, instead).replace("transformer_lm: {", "transformer_lm: {q_modeling: delay, ")
+    write_as_audiocraft(tmp_path / "audiocraft", tmp_path / "first", xp)
+    config = LMModel.from_pretrained(tmp_path / "audiocraft").config
+    assert (config.pattern, config.delays) == ("delay", (0, 1, 2, 3))
+
+
+def test_a_model_of_audiocraft_without_any_pattern(tmp_path):
+    xp = XP.replace("modeling: delay", "modeling: null", 1)
+    torch.save({"best_state": {}, "xp.cfg": xp}, tmp_path / "state_dict.bin")
+    with pytest.raises(UserError, match="transformer_lm.q_modeling"):
+        LMModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("there, instead", [
     ("norm_first: true", "norm_first: false"),
+    ("lm_model: transformer_lm", "lm_model: transformer_lm_magnet"),
+    ("positional_embedding: sin", "positional_embedding: rope"),
+    ("positional_embedding: sin", "positional_embedding: sin_rope"),
+    ("model: chroma_stem", "model: style"),
+    ("model: t5", "model: clap"),
+    ("model: t5", "model: lut"),
+    ("description: {model: t5", "chords: {model: chords_emb}\n  description: {model: t5"),
     ("activation: gelu", "activation: relu"),
     ("kv_repeat: 1", "kv_repeat: 2"),
     ("flatten_first: 0", "flatten_first: 3"),
@@ -301,8 +418,10 @@ def test_what_audiocraft_can_do_and_we_cannot_is_named(tmp_path, there, instead)
     assert there in XP
     package = {"best_state": {}, "xp.cfg": XP.replace(there, instead, 1)}
     torch.save(package, tmp_path / "state_dict.bin")
-    with pytest.raises(UserError, match=there.partition(":")[0] + ".*not supported"):
+    with pytest.raises(UserError, match=there.partition(":")[0] + ".*not supported") as caught:
         LMModel.from_pretrained(tmp_path)
+    if "style" in instead:
+        assert "facebook/musicgen-style" in str(caught.value)
 
 
 # --- export -----------------------------------------------------------------------------------------------
@@ -315,6 +434,7 @@ def test_exported_and_read_back(tmp_path, kind, text_dim):
     musicgen_of_transformers(first, kind, text_dim=text_dim)
     lm, codec = LMModel.from_pretrained(first), EncodecModel.from_pretrained(first)
     lm.config.segment_duration = 5.0    # which transformers has no word for, but our reader finds again
+    lm.config.cfg_coef, lm.config.top_k, lm.config.temperature = 4.0, 20, 0.75
     export_transformers(lm, codec, second)
     model = "MusicgenMelody" if "melody" in kind else "Musicgen"
     model_class = getattr(transformers, f"{model}ForConditionalGeneration")
