@@ -53,10 +53,11 @@ def parse(MusicGen, argv):
     add("--seed", type=seed, metavar="N", help="of the first item; the next ones count up (default: 0)")
     add("--guidance", type=float, metavar="G", help="classifier-free guidance (default: the model's, 3.0)")
     add("--two_step", action="store_true", help="guidance by two passes, the null text unpadded")
-    add("--temperature", type=float, metavar="T", help="default 1.0; 0 is greedy")
-    add("--top_k", type=int, metavar="K", help="choose from the K likeliest entries (default 250; 0 is all)")
+    add("--temperature", type=float, metavar="T", help="0 is greedy (default: the model's, 1.0)")
+    add("--top_k", type=int, metavar="K",
+        help="choose from the K likeliest entries; 0 is all (default: the model's, 250)")
     add("--top_p", type=float, metavar="P",
-        help="above 0: choose from the likeliest entries that add up to P, in place of --top_k (default 0)")
+        help="above 0: choose from the likeliest that add up to P, without --top_k (default: the model's, 0)")
     add("--stem", choices=FIELDS["stem"].metadata["choices"],
         help="how the melody is separated from its recording")
     add("--device", default="auto", help="auto, cpu, cuda, mps")

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints.lm_formats import export_transformers, name_table
 from checkpoints.t5 import load_t5
+from commands import sampling, worked
 from constants import ROOT
 from deviations import near, same
 from encodec import EncodecModel
@@ -237,6 +238,17 @@ def test_one_name_of_the_embedding_of_t5_is_enough(tmp_path, kept):
         load_t5(tmp_path)
 
 
+@pytest.mark.parametrize("kept", ["shared", "encoder.embed_tokens"])
+def test_one_name_of_the_embedding_of_our_own_t5_is_enough(world, tmp_path, kept):
+    folder = shutil.copytree(world / "lm", tmp_path / "model")
+    expected, path = LMModel.from_pretrained(folder).state_dict(), folder / "model.safetensors"
+    tensors = dict(load_file(path))
+    table = tensors.pop("conditioner.text.t5.shared.weight")
+    save_file(tensors | {f"conditioner.text.t5.{kept}.weight": table}, path)
+    for name, tensor in LMModel.from_pretrained(folder).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def without_tokenizer(directory, named=None):
     """Takes the tokenizer out of a directory whose config.json names its T5, if at all."""
     for path in directory.glob("*token*"):
@@ -269,6 +281,9 @@ def test_the_tokenizer_of_the_t5_that_is_named(tmp_path):
     expected = ours(tmp_path / "model", ["slow flute"], frames=20)
     without_tokenizer(tmp_path / "model", str(tmp_path / "t5"))
     assert torch.equal(ours(tmp_path / "model", ["slow flute"], frames=20), expected)
+    model = MusicGen.from_pretrained(tmp_path / "model", "cpu")
+    export_transformers(model.lm, EncodecModel.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("slow")["input_ids"] == [3, 1]
     path = tmp_path / "t5" / "tokenizer.json"
     values = json.loads(path.read_text())
     values["model"]["vocab"] |= {f"word{n}": n for n in range(19, 30)}      # of another T5
@@ -406,7 +421,7 @@ def test_a_model_of_audiocraft_without_any_pattern(tmp_path):
     ("model: chroma_stem", "model: style"),
     ("model: t5", "model: clap"),
     ("model: t5", "model: lut"),
-    ("description: {model: t5", "chords: {model: chords_emb}\n  description: {model: t5"),
+    ("conditioners:\n", "conditioners:\n  chords: {model: chords_emb}\n"),
     ("activation: gelu", "activation: relu"),
     ("kv_repeat: 1", "kv_repeat: 2"),
     ("flatten_first: 0", "flatten_first: 3"),
@@ -457,6 +472,28 @@ def test_exported_and_read_back(tmp_path, kind, text_dim):
         assert type(processor).__name__ == f"{model}Processor"
         assert processor(text=["slow"], return_tensors="pt")["input_ids"].tolist() == [[3, 1]]
     assert json.loads((second / "preprocessor_config.json").read_text())["sampling_rate"] == 8000
+
+
+@pytest.mark.parametrize("changes", [
+    dict(top_k=7, top_p=0.5), dict(temperature=0.0), dict(cfg_coef=0.0)], ids=str)
+def test_sampling_settings_survive_an_export(world, tmp_path, changes):
+    lm = LMModel.from_pretrained(world / "lm")
+    for name, value in changes.items():
+        setattr(lm.config, name, value)
+    export_transformers(lm, EncodecModel.from_pretrained(world / "lm"), tmp_path)
+    again = LMModel.from_pretrained(tmp_path).config
+    changes |= {"top_k": 0} if "top_p" in changes else {}   # transformers would apply both
+    assert {name: getattr(again, name) for name in changes} == changes
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert settings.do_sample == (again.temperature > 0) and settings.top_p == (again.top_p or 1.0)
+
+
+@pytest.mark.parametrize("checkpoint, noted", [("lm", True), ("text", False)])
+def test_an_export_says_which_transformers_ignore_a_melody(world, tmp_path, checkpoint, noted):
+    done = sampling(world, "--export_hf", tmp_path / "out", checkpoint=checkpoint)
+    worked(done)
+    assert ("5.0 to 5.17 silently ignore" in done.err) == noted
+    assert done.out.strip() == str(tmp_path / "out")
 
 
 # --- ids of the hub, without the hub: what its cache holds ------------------------------------------------
