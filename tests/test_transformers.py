@@ -259,6 +259,7 @@ def without_tokenizer(directory, named=None):
     path.write_text(json.dumps(config))
 
 
+@pytest.mark.usefixtures("put")     # offline
 @pytest.mark.parametrize("named", [None, "", 3, "t5-nowhere/x", "/nowhere", "itself", "no tokenizer"])
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path, named):
     """transformers would make a vocabulary up, in which every word is unknown."""
