@@ -54,7 +54,6 @@ The keys of audiocraft's musicgen_melody_32khz.yaml, and of the nine files that 
     seanet.dimension                                dimension
     seanet.lstm                                     lstm
     generate.lm.top_k                               top_k
-    generate.lm.top_p                               top_p
     generate.lm.temp                                temperature
 
 The model is pre-norm, with GELU, without biases, and starts from a truncated normal whose standard deviation
