@@ -2,25 +2,42 @@
 
     tracks, complaints = scan(folder)
 
-Beside song.mp3 may lie song.json (title, genre, bpm, description, ...) or song.txt (the description), or a
-metadata.jsonl has a line for it; see data/prepare.py. Files of captions come from anywhere, so nothing in
-them is an error: what cannot be used is a complaint, and the recording is used without it.
+Beside song.mp3 may lie song.json or song.mp3.json (title, genre, bpm, description, ...), song.txt or
+song.mp3.txt (the description), or a metadata.jsonl or metadata.csv has a line for it; see data/prepare.py.
+Names are matched without regard to case. Files of captions come from anywhere, so nothing in them is an
+error: what cannot be used is a complaint, and the recording is used without it.
+
+What the folder itself holds is read wherever its links lead: the files of a snapshot in the Hugging Face
+cache are links out of it. A name inside a file of captions, as "../song.mp3", never leads out of the folder.
 """
 import codecs
+import csv
+import io
 import json
 import math
 import os
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from system.errors import UserError
 
-AUDIO = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff",
-         ".m4a", ".aac", ".wma"}    # the last three cannot be read: better named as skipped than overlooked
+# the endings of recordings; those of the last two lines cannot be read: better named than overlooked
+AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf",
+         ".w64", ".rf64",
+         ".m4a", ".m4b", ".mp4", ".aac", ".wma", ".webm", ".weba", ".mka", ".ape", ".wv", ".amr", ".ac3",
+         ".dsf")
+MANIFESTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")     # the last one is only named
 MAX_TEXT = 10_000                   # characters of a caption, the rest is cut off
 MAX_SIDECAR = 10_000_000            # bytes
 MAX_MANIFEST = 2 ** 30              # bytes
+
+CAPTIONS = ("description", "caption", "text")   # one thing; where several are given, the first counts
+TEXTS = ("title", "artist", "description", "genre", "instrument", "key")
+WORDS = ("moods", "keywords")
+# what else is understood; "truth" in the sidecars of data/tunes.py is for evaluation/adherence.py
+OTHERS = ("bpm", "melody", "weight", "file_name", "truth")
 
 
 @dataclass
@@ -30,72 +47,198 @@ class Track:
     weight: float = 1.0                         # how often it is drawn, compared with others
     meta: dict = field(default_factory=dict)    # those fields of its captions that `clean` keeps
     problem: str | None = None                  # why it cannot be used
+    unused: list[str] = field(default_factory=list)     # keys of its captions that were not understood
 
 
 def scan(folder: Path) -> tuple[list[Track], list[str]]:
     """All tracks of a folder in a fixed order, and complaints about files of captions. UserError if none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of recordings")
-    files, listed, complaints = [], {}, []
-    for directory, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(directory, name)
-            if name == "metadata.jsonl":
-                listed |= read_manifest(folder, path, complaints)
-            elif path.suffix.lower() in AUDIO and not name.startswith("."):
-                files.append(path.relative_to(folder).as_posix())
+    files, sidecars, manifests, complaints = [], [], [], []
+    for directory, _, names in walk(folder, complaints):
+        for name in names:
+            path = directory / name
+            if is_recording(name):
+                files.append(relative(path, folder))
+            elif not os.path.exists(path):   # a broken link: `walk` has complained
+                continue
+            elif name.lower() in MANIFESTS:
+                manifests.append(path)
+            elif path.suffix.lower() in (".json", ".txt"):
+                sidecars.append(relative(path, folder))
     if not files:
-        raise UserError(f"{folder}: holds no recordings (wav, flac, ogg or mp3 files)")
-    missing = sorted(listed.keys() - set(files))
-    complaints += [f"{name}: named in metadata.jsonl, but not there" for name in missing]
-    tracks = [describe(folder, file, listed.get(file, {}), complaints) for file in files]
+        reason = f"; {complaints[0]}" if complaints else ""
+        raise UserError(f"{folder}: holds no recordings (wav, flac, ogg, mp3, ... files){reason}")
+    lines = {}
+    for path in manifests:
+        read_manifest(folder, path, lines, complaints)
+    listed = lines_of_recordings(lines, files, complaints)
+    beside = find_sidecars(files, sidecars)
+    tracks = [describe(folder, file, listed.get(file, {}), beside[file], complaints) for file in files]
     melodies = {track.melody for track in tracks if track.melody != track.file}
     return [track for track in tracks if track.file not in melodies], complaints
 
 
+# --- the folder -------------------------------------------------------------------------------------------
+
+def walk(folder: Path, complaints: list):
+    """Yields (directory, names of folders, names of files) as os.walk does, sorted, linked folders as well.
+
+    Every folder comes once, under its own name where it has one here: links come last. What is passed over
+    is a complaint: unreadable folders, broken links (but for recordings, which are found out later), links to
+    a folder that has come, and those to one that holds `folder`, which would be a loop.
+    """
+    def unreadable(error):
+        complaints.append(f"{relative(error.filename, folder)}: cannot be read ({error.strerror})")
+
+    seen, pending = set(), [folder]
+    while pending:
+        top = pending.pop(0)
+        if top != folder and leads_back(top, folder):
+            complaints.append(f"{relative(top, folder)}: a link back to a folder above it, not followed")
+            continue
+        if os.path.realpath(top) in seen:
+            complaints.append(f"{relative(top, folder)}: a link to a folder read before, not followed")
+            continue
+        for directory, folders, names in os.walk(top, onerror=unreadable):
+            if os.path.realpath(directory) in seen:     # the real place of one that was read by a link
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(directory))
+            folders.sort()
+            pending += [path for path in map(Path(directory).joinpath, folders) if path.is_symlink()]
+            for name in sorted(names):
+                path = Path(directory, name)
+                if not is_recording(name) and path.is_symlink() and not os.path.exists(path):
+                    complaints.append(f"{relative(path, folder)}: a broken link")
+            yield Path(directory), list(folders), sorted(names)
+
+
+def relative(path, folder: Path) -> str:
+    return Path(path).relative_to(folder).as_posix()
+
+
+def leads_back(path: Path, folder: Path) -> bool:
+    """Whether a path in the folder is a link to the folder itself, or to one that holds it."""
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
+
+
+def is_recording(name: str) -> bool:
+    """Whether a file should be a recording, by its name."""
+    return Path(name).suffix.lower() in AUDIO and not name.startswith(".")
+
+
+def plain(name: str) -> str:
+    """What is common to the spellings of a name: case, and one or two code points for an accented letter."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def find_sidecars(files: list[str], sidecars: list[str]) -> dict[str, list[str]]:
+    """{recording: its sidecars, the more particular ones last}: .txt, then .json."""
+    exact = set(sidecars)
+    spelled = {plain(name): name for name in sidecars}
+    names = {}
+    for file in files:
+        stem = os.path.splitext(file)[0]
+        names[file] = [f"{stem}.txt", f"{file}.txt", f"{stem}.json", f"{file}.json"]
+    owned = {name for several in names.values() for name in several}    # by a recording of just this name
+    found = {}
+    for file, several in names.items():
+        found[file] = []
+        for name in several:
+            other = name if name in exact else spelled.get(plain(name))
+            if other == name or other is not None and other not in owned:
+                found[file].append(other)
+    return found
+
+
 # --- the files of captions --------------------------------------------------------------------------------
 
-def read_manifest(folder: Path, path: Path, complaints: list) -> dict[str, dict]:
-    """{file relative to folder: fields} of a metadata.jsonl."""
-    listed = {}
+def read_manifest(folder: Path, path: Path, lines: dict, complaints: list):
+    """Adds what a metadata.jsonl or .csv says to {file relative to folder: (its fields, the manifest)}."""
+    manifest = relative(path, folder)
     try:
-        lines = read_text(path, limit=MAX_MANIFEST).splitlines()
+        rows = read_rows(path)
     except ValueError as error:
-        complaints.append(f"{path.relative_to(folder)}: {error}")
-        return {}
-    for number, line in enumerate(lines, 1):
-        where = f"{path.relative_to(folder)}, line {number}"
-        if not line.strip():
-            continue
+        complaints.append(f"{manifest}: {error}")
+        return
+    for number, row in rows:
+        where = f"{manifest}, line {number}"
         try:
-            fields = parse_object(line)
+            fields = understood(parse_object(row) if isinstance(row, str) else as_fields(*row))
             file = inside(folder, path.parent, fields.get("file_name"))
         except ValueError as error:
             complaints.append(f"{where}: {error}")
             continue
-        if file in listed:
+        if file not in lines:
+            lines[file] = fields, manifest
+        elif fields != lines[file][0]:
             complaints.append(f"{where}: {file} was named before, the first line counts")
+
+
+def read_rows(path: Path) -> list:
+    """(line number, row) of a manifest; a row is JSON, or the cells of the header and its own of a CSV file.
+
+    Lines end with a newline alone: JSON may have all else that splitlines() splits at.
+    """
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        raise ValueError("is not read; save it as metadata.jsonl or metadata.csv")
+    text = read_text(path, limit=MAX_MANIFEST)
+    if kind == ".jsonl":
+        return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)     # a quote left open is an error
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        if "file_name" not in header:
+            raise ValueError("has no column file_name, or no commas between its columns")
+        return [(reader.line_num, (header, cells)) for cells in reader if cells]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} is not valid CSV ({error})") from None
+
+
+def as_fields(header: list[str], cells: list[str]) -> dict:
+    """The cells of a row that are not empty, by the names of their columns."""
+    if len(cells) > len(header):
+        raise ValueError(f"has {len(cells)} cells for {len(header)} columns; a text with commas needs quotes")
+    fields = {name: cell for name, cell in zip(header, cells) if cell.strip()}
+    weight = as_number(fields.get("weight"))    # in JSON it is a number to begin with
+    return fields if weight is None else fields | {"weight": weight}
+
+
+def lines_of_recordings(lines: dict, files: list[str], complaints: list) -> dict[str, dict]:
+    """{recording: its fields} of the lines of all manifests, whatever the case of the names in them."""
+    exact, spelled = set(files), {plain(file): file for file in files}
+    found = {}
+    for name, (fields, manifest) in sorted(lines.items()):
+        file = name if name in exact else spelled.get(plain(name))
+        if file is None:
+            complaints.append(f"{name}: named in {manifest}, but no recording is there")
+        elif file != name and file in lines:
+            complaints.append(f"{name}: named in {manifest}, where {file} is named as well, which counts")
         else:
-            listed[file] = {"description": fields.get("text")} | fields
-    return listed
+            found[file] = fields
+    return found
 
 
-def describe(folder: Path, file: str, fields: dict, complaints: list) -> Track:
-    """Track from its .json, else its line of a metadata.jsonl (`fields`), else the .txt for a description."""
-    path = folder / file
-    for sidecar in (path.with_suffix(".json"), path.with_suffix(".txt")):
-        if not os.path.isfile(sidecar):
-            continue
+def describe(folder: Path, file: str, listed: dict, sidecars: list[str], complaints: list) -> Track:
+    """Track from its .json, else its line of a manifest (`listed`), else the .txt for a description."""
+    texts, objects = [], []
+    for name in sidecars:
         try:
-            if sidecar.suffix == ".json":
-                fields = fields | parse_object(read_text(sidecar))
+            if name.lower().endswith(".txt"):
+                texts.append({"description": read_text(folder / name, cut=True)})
             else:
-                given = {name: value for name, value in fields.items() if value}
-                fields = {"description": read_text(sidecar, cut=True)} | given
+                objects.append(understood(parse_object(read_text(folder / name))))
         except ValueError as error:
-            complaints.append(f"{sidecar.relative_to(folder).as_posix()}: {error}")
-    track = Track(file, meta=clean(fields))
+            complaints.append(f"{name}: {error}")
+    fields = {}
+    for source in [*texts, listed, *objects]:
+        for key, value in source.items():
+            if key not in fields or not is_empty(value):
+                fields[key] = value
+    meta = clean(fields)
+    track = Track(file, meta=meta, unused=not_understood(fields, meta))
     weight = fields.get("weight", 1.0)
     if type(weight) in (int, float) and 0 < weight < 1e9:
         track.weight = float(weight)
@@ -103,22 +246,25 @@ def describe(folder: Path, file: str, fields: dict, complaints: list) -> Track:
         complaints.append(f"{file}: its weight {str(weight)[:50]!r} must be a positive number, taken as 1")
     if fields.get("melody") is not None:
         try:
-            track.melody = inside(folder, path.parent, fields["melody"])
+            track.melody = inside(folder, (folder / file).parent, fields["melody"])
         except ValueError as error:
             track.problem = f"its melody: {error}"
     return track
 
 
 def inside(folder: Path, base: Path, name) -> str:
-    """Path of `name`, mentioned by a file in `base`, relative to folder. ValueError if it is outside."""
+    """Path of `name`, mentioned by a file in `base`, relative to folder. ValueError if it is outside.
+
+    What counts is the name: a link in the folder may lead to any place, but for those above the folder.
+    """
     if not isinstance(name, str) or not 0 < len(name) < 1000 or "\0" in name:
         raise ValueError(f"{str(name)[:50]!r} is not the name of a file")
-    path = base / name
-    try:
-        if path.resolve().is_relative_to(folder.resolve()):
-            return Path(os.path.normpath(path)).relative_to(os.path.normpath(folder)).as_posix()
-    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, ...
-        pass
+    top = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(os.path.abspath(base), name))
+    if Path(path).is_relative_to(top):
+        file = Path(path).relative_to(top)
+        if not any(leads_back(Path(top, parent), folder) for parent in file.parents if parent.name):
+            return file.as_posix()
     raise ValueError(f"{name[:200]!r} does not lie in {folder}")
 
 
@@ -127,6 +273,8 @@ def read_text(path: Path, limit=MAX_SIDECAR, cut=False) -> str:
 
     cut: a file of more than `limit` bytes is cut there, else it is refused.
     """
+    if os.path.exists(path) and not os.path.isfile(path):   # a pipe, say, which would be waited for
+        raise ValueError("is not a file")
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -158,24 +306,54 @@ def parse_object(text: str) -> dict:
 
 # --- their fields -----------------------------------------------------------------------------------------
 
+def understood(fields: dict) -> dict:
+    """Fields with keys in lower case, and the caption as "description", whichever of CAPTIONS it was."""
+    lower = {key.strip().lower(): value for key, value in fields.items()}
+    fields = lower | {key: value for key, value in fields.items() if key in lower}
+    given = [key for key in CAPTIONS if as_caption(fields.get(key))]
+    if not given:
+        return fields
+    description = fields[given[0]]
+    others = {key: value for key, value in fields.items() if key not in given or value != description}
+    return others | {"description": description}
+
+
 def clean(fields: dict) -> dict:
     """The known fields of a track, cleaned as in audiocraft, without empty, "None" and impossible ones."""
     meta = {}
-    for name in ("title", "artist", "description", "genre", "instrument", "key"):
+    for name in TEXTS:
         value = fields.get(name)
-        text = as_text(value)[:MAX_TEXT] if type(value) in (str, int, float) else ""
-        if text not in ("", "None"):
+        if name in ("genre", "instrument") and isinstance(value, list):
+            value = ", ".join(as_words(value))
+        text = as_caption(value)
+        if text:
             meta[name] = text if name in ("title", "artist", "description") else text.lower()
     if "," in meta.get("key", ""):
         del meta["key"]  # a piece in several keys
     bpm = as_bpm(fields.get("bpm"))
     if bpm is not None:
         meta["bpm"] = bpm
-    for name in ("moods", "keywords"):
+    for name in WORDS:
         words = as_words(fields.get(name))
         if words:
             meta[name] = words
     return meta
+
+
+def not_understood(fields: dict, meta: dict) -> list[str]:
+    """Keys that nobody knows, and those whose values say nothing; `meta` is what `clean` made of fields."""
+    names = []
+    for key, value in fields.items():
+        if is_empty(value) or key in meta or key in OTHERS and key != "bpm":
+            continue
+        known = key in (*TEXTS, *WORDS, "bpm")
+        names.append(f"a value of {key!r}" if known else repr(key[:50]))
+    return names
+
+
+def is_empty(value) -> bool:
+    """Whether a field says nothing: null, a blank text or an empty list."""
+    return value is None or value == [] or isinstance(value, str) and value.strip() in ("", "None")
 
 
 def as_text(value) -> str:
@@ -183,15 +361,28 @@ def as_text(value) -> str:
     return str(value).strip().encode("utf-8", "replace").decode()
 
 
+def as_caption(value) -> str:
+    """A text or number as a text that is not too long; empty for "None" and anything else."""
+    text = as_text(value)[:MAX_TEXT] if type(value) in (str, int, float) else ""
+    return "" if text == "None" else text
+
+
 def as_bpm(value) -> float | None:
+    """A positive number, also one written as text, with or without "BPM"; None for anything else."""
+    if isinstance(value, str):
+        value = value.strip().lower().removesuffix("bpm")
+    return as_number(value)
+
+
+def as_number(value) -> float | None:
     """A positive number, also one written as text; None for anything else."""
     if isinstance(value, bool):
         return None
     try:
-        bpm = float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return bpm if math.isfinite(bpm) and bpm > 0 else None
+    return number if math.isfinite(number) and number > 0 else None
 
 
 def as_words(value) -> list[str]:

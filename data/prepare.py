@@ -4,11 +4,13 @@
     python data/prepare.py FOLDER --out DIR --codec facebook/encodec_32khz  # or given one by one
     torchrun --nproc_per_node=8 data/prepare.py ...                         # every process takes its share
 
-FOLDER holds wav, flac, ogg or mp3 files of any rate, length and number of channels, in any subfolders. What
-is known about song.mp3 may stand in song.json (title, artist, genre, key, bpm, moods, keywords, instrument,
-description; all optional), as plain text in song.txt, or in a line {"file_name": "song.mp3", "text": "..."}
-of a metadata.jsonl. The JSON may also have "melody": another file of FOLDER whose tune is the condition (it
-is no track of its own then), and "weight": how often the track is drawn (1 is normal).
+FOLDER holds wav, flac, ogg, opus, mp3, aiff, au, caf or w64 files of any rate, length and number of channels,
+in any subfolders; links are followed. What is known about song.mp3 may stand in song.json or song.mp3.json
+(title, artist, genre, key, bpm, moods, keywords, instrument, description, also called caption or text; all
+optional), as plain text in song.txt or song.mp3.txt, or in a line {"file_name": "song.mp3", "text": "..."} of
+a metadata.jsonl, or in one of a metadata.csv with a header and a column file_name. The JSON may also have
+"melody": another file of FOLDER whose tune is the condition (it is no track of its own then), and "weight":
+how often the track is drawn (1 is normal). What is ignored is named at the end, and in skipped.txt.
 
     DIR/index.json        settings, and a list of tracks: file, place of its data, weight, meta (the captions)
     DIR/codes.NNNNN.u16   uint16 (frames, K); frame t is samples t * stride ... (t + 1) * stride of its track
@@ -32,6 +34,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,6 +225,8 @@ def finish(out: Path, folder: Path, tracks: list[Track], complaints: list[str], 
     seconds = sum(entry["frames"] for entry in index) / settings["frame_rate"]
     print(f"{out / 'index.json'}: {len(index)} tracks, {seconds / 3600:.2f} h, {settings['n_q']} codebooks, "
           f"stem by {settings['stem']}")
+    prepared = {entry["file"] for entry in index}
+    report_captions([track for track in tracks if track.file in prepared])
     if not skipped:
         (out / "skipped.txt").unlink(missing_ok=True)
         return 0
@@ -233,6 +238,18 @@ def finish(out: Path, folder: Path, tracks: list[Track], complaints: list[str], 
     if len(lines) > 10:
         print("...", file=sys.stderr)
     return 1
+
+
+def report_captions(tracks: list[Track]):
+    """Prints how much is known of tracks, and the keys of their captions that were not understood."""
+    described = sum("description" in track.meta for track in tracks)
+    melodies = sum(track.melody not in (None, track.file) for track in tracks)
+    print(f"{described} of {len(tracks)} tracks have a caption, {melodies} a melody of their own")
+    unused = Counter(name for track in tracks for name in track.unused)
+    if unused:
+        names = [f"{name} ({count})" for name, count in unused.most_common(20)]
+        more = f" and {len(unused) - 20} more" if len(unused) > 20 else ""
+        print(f"not understood in captions, and in how many tracks: {', '.join(names)}{more}")
 
 
 # --- the command ------------------------------------------------------------------------------------------

@@ -30,13 +30,12 @@ if __name__ == "__main__":  # the demo: find the project
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Config
 from data.audio import read_audio
-from data.captions import clean
+from data.captions import clean, is_recording, walk
 from data.shards import is_whole, open_shard
 from system import processes
 from system.errors import UserError
 from system.files import read_json
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 SPLITS = ("train", "valid", "test")
 AHEAD = 2       # updates whose batches are read before they are needed
 
@@ -72,7 +71,7 @@ def spread(things: list, n: int) -> list:
 # --- for the codec: crops of recordings -------------------------------------------------------------------
 
 class AudioCrops:
-    """Random crops (C, L) of a folder of recordings, any rate and format, at any depth.
+    """Random crops (C, L) of a folder of recordings, any rate and format, at any depth, linked ones too.
 
     Folders named `melodies` are passed over: they hold the melody stems of recordings, as data/tunes.py
     writes them.
@@ -81,11 +80,13 @@ class AudioCrops:
     def __init__(self, config: Config, split: str):
         self.config, self.paths, self.seconds = config, [], []
         folder, part = split_of(config.data_dir, split)
-        names = []
-        for path in folder.rglob("*"):
-            name = path.relative_to(folder)
-            if path.suffix.lower() in SUFFIXES and path.name[0] != "." and "melodies" not in name.parts[:-1]:
-                names.append(str(name))
+        names, complaints = [], []
+        for directory, folders, files in walk(folder, complaints) if folder.is_dir() else ():
+            place = directory.relative_to(folder)
+            if "melodies" not in place.parts:
+                names += [str(place / name) for name in folders + files if is_recording(name)]
+        for complaint in complaints:
+            print(f"skipped {folder}/{complaint}", file=sys.stderr)
         for name in sorted(part(names)):
             try:
                 assert (folder / name).is_file(), "not a file"  # a pipe, say, which would be waited for
@@ -97,8 +98,8 @@ class AudioCrops:
             except (RuntimeError, OSError, AssertionError) as error:
                 print(f"skipped {folder / name}: {error}", file=sys.stderr)
         if split == "train" and not self.paths:
-            raise UserError(f"data_dir = {config.data_dir!r}: no readable {' '.join(SUFFIXES)} files to "
-                            f"train on")
+            raise UserError(f"data_dir = {config.data_dir!r}: no readable recordings (wav, flac, ogg, mp3, "
+                            f"...) to train on")
         self.sums = np.cumsum(np.maximum(self.seconds, config.segment_duration))  # all seconds of music alike
 
     def __len__(self):
