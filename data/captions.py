@@ -72,9 +72,13 @@ def scan(folder: Path) -> tuple[list[Track], list[str]]:
     lines = {}
     for path in manifests:
         read_manifest(folder, path, lines, complaints)
-    listed = lines_of_recordings(lines, files, complaints)
+    recordings = Spellings(files)
+    listed = lines_of_recordings(lines, recordings, complaints)
     beside = find_sidecars(files, sidecars)
     tracks = [describe(folder, file, listed.get(file, {}), beside[file], complaints) for file in files]
+    for track in tracks:
+        if track.melody is not None:    # a file that is not there is found out when it is read
+            track.melody = recordings.find(track.melody) or track.melody
     melodies = {track.melody for track in tracks if track.melody != track.file}
     return [track for track in tracks if track.file not in melodies], complaints
 
@@ -133,10 +137,20 @@ def plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
+class Spellings:
+    """Names of files, found in any spelling."""
+
+    def __init__(self, names: list[str]):
+        self.names = {plain(name): name for name in names} | {name: name for name in names}
+
+    def find(self, name: str) -> str | None:
+        """The name itself if there is such a file, else one that is spelled differently, else None."""
+        return self.names.get(name) or self.names.get(plain(name))
+
+
 def find_sidecars(files: list[str], sidecars: list[str]) -> dict[str, list[str]]:
     """{recording: its sidecars, the more particular ones last}: .txt, then .json."""
-    exact = set(sidecars)
-    spelled = {plain(name): name for name in sidecars}
+    spellings = Spellings(sidecars)
     names = {}
     for file in files:
         stem = os.path.splitext(file)[0]
@@ -146,7 +160,7 @@ def find_sidecars(files: list[str], sidecars: list[str]) -> dict[str, list[str]]
     for file, several in names.items():
         found[file] = []
         for name in several:
-            other = name if name in exact else spelled.get(plain(name))
+            other = spellings.find(name)
             if other == name or other is not None and other not in owned:
                 found[file].append(other)
     return found
@@ -206,12 +220,11 @@ def as_fields(header: list[str], cells: list[str]) -> dict:
     return fields if weight is None else fields | {"weight": weight}
 
 
-def lines_of_recordings(lines: dict, files: list[str], complaints: list) -> dict[str, dict]:
+def lines_of_recordings(lines: dict, recordings: Spellings, complaints: list) -> dict[str, dict]:
     """{recording: its fields} of the lines of all manifests, whatever the case of the names in them."""
-    exact, spelled = set(files), {plain(file): file for file in files}
     found = {}
     for name, (fields, manifest) in sorted(lines.items()):
-        file = name if name in exact else spelled.get(plain(name))
+        file = recordings.find(name)
         if file is None:
             complaints.append(f"{name}: named in {manifest}, but no recording is there")
         elif file != name and file in lines:

@@ -294,6 +294,10 @@ def test_names_in_a_manifest_may_be_in_another_case(tmp_path):
     put(tmp_path, **{"sub/K.WAV": WAV, "fl\u00fbte.wav": WAV,
                      "Metadata.JSONL": "\n".join(map(json.dumps, lines))})
     assert captions(tmp_path) == {"fl\u00fbte.wav": "f", "sub/K.WAV": "k"}
+    put(tmp_path, **{"fl\u00fbte.json": {"melody": "Sub/k.wav"}})
+    tracks, complaints = found(tmp_path)
+    assert tracks.keys() == {"fl\u00fbte.wav"} and complaints == []
+    assert tracks["fl\u00fbte.wav"].melody == "sub/K.WAV"
 
 
 # --- keys and values --------------------------------------------------------------------------------------
