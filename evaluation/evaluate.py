@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from config import Config
 from data.audio import read_audio
+from data.captions import clean, parse_object, read_text
 from data.segments import AudioCrops, TokenSegments, collate, spread, with_melody_of
 from encodec import EncodecModel
 from evaluation.adherence import adherence
@@ -26,7 +27,7 @@ from evaluation.metrics import (codebook_use, compare_chroma, frechet_distance, 
 from sample import MusicGen
 from system.devices import pick_device
 from system.errors import UserError
-from system.files import read_json, write_atomic
+from system.files import write_atomic
 from training.figures import rounded, with_perplexity
 
 BATCH = 8       # segments at a time, at most
@@ -68,8 +69,7 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
         rows.append((agreement, *quality))
         counts = counts + counts_of_file
         if with_sidecar:
-            instrument = str(read_json(path.with_suffix(".json")).get("instrument"))
-            by_instrument.setdefault(instrument, []).append(agreement)
+            by_instrument.setdefault(instrument_of(path), []).append(agreement)
     if not rows:
         raise UserError(f"{config.data_dir}: has no {split} files to measure on")
 
@@ -80,6 +80,15 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
     for instrument, agreements in sorted(by_instrument.items()):
         figures[f"chroma_agreement {instrument}"] = float(np.mean(agreements))
     return figures
+
+
+def instrument_of(path: Path) -> str:
+    """What the sidecar of a recording names, in any encoding; "None" where it names nothing."""
+    try:
+        fields = parse_object(read_text(path.with_suffix(".json")))
+    except ValueError:      # a stranger's: nothing in it is an error
+        fields = {}
+    return str(clean(fields).get("instrument"))
 
 
 # --- the language model ---------------------------------------------------------------------------

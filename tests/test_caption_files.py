@@ -17,6 +17,7 @@ from constants import RATE, tone
 from damage import WAV, encoded
 from data.captions import AUDIO, Track, clean, scan
 from data.segments import AudioCrops
+from evaluation.evaluate import instrument_of
 from system.errors import UserError
 
 ROOM = 2 ** 33      # bytes: with fewer addresses torch may fail to make an LSTM, whatever else there is
@@ -363,6 +364,18 @@ def test_every_file_in_every_encoding(tmp_path, place, encoding):
     name, *bom = encoding.split()
     put(tmp_path, **{"a.wav": WAV, "b.wav": WAV, place: ("\ufeff" * len(bom) + texts[place]).encode(name)})
     assert captions(tmp_path)["a.wav"] == "fl\u00fbte"
+
+
+@pytest.mark.parametrize("content, instrument", [
+    (b'{"instrument": "flute"}', "flute"),
+    ('{"instrument": ["Flute", "Harp"]}'.encode("utf-16"), "flute, harp"),
+    (b"\xef\xbb\xbf{}", "None"),
+    (b"[1]", "None"),
+    (b"{", "None"),
+])
+def test_measuring_a_codec_reads_sidecars_alike(tmp_path, content, instrument):
+    put(tmp_path, **{"a.json": content})
+    assert instrument_of(tmp_path / "a.wav") == instrument
 
 
 # --- endings ----------------------------------------------------------------------------------------------
