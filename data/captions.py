@@ -257,7 +257,7 @@ def describe(folder: Path, file: str, listed: dict, sidecars: list[str], complai
         track.weight = float(weight)
     else:
         complaints.append(f"{file}: its weight {str(weight)[:50]!r} must be a positive number, taken as 1")
-    if fields.get("melody") is not None:
+    if not is_empty(fields.get("melody")):
         try:
             track.melody = inside(folder, (folder / file).parent, fields["melody"])
         except ValueError as error:

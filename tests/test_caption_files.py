@@ -338,6 +338,12 @@ def test_a_json_counts_before_a_manifest_and_that_before_a_text(tmp_path):
     assert captions(tmp_path) == {"a.wav": "m"}
 
 
+@pytest.mark.parametrize("nothing", ["", " ", None, []])
+def test_an_empty_melody_is_none(tmp_path, nothing):
+    put(tmp_path, **{"a.wav": WAV, "a.json": {"melody": nothing}})
+    assert scan(tmp_path) == ([Track("a.wav")], [])
+
+
 @pytest.mark.parametrize("fields, meta", [
     (dict(genre=["Folk", "Irish Folk"]), dict(genre="folk, irish folk")),
     (dict(instrument=["Flute"]), dict(instrument="flute")),
