@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from checkpoints.files import open_checkpoint
 from chroma import ChromaExtractor, match_length
-from data.stems import separate
+from data.audio import LOUD
+from data.stems import as_wave, as_waves, separate
 from encodec import EncodecModel
 from lm import LMModel
 from system.devices import device_of, pick_device
@@ -109,51 +110,46 @@ class MusicGen:
                  prompt_sample_rate=None, duration=None, **settings):
         """Descriptions (strings or None) and melodies -> wav (B, C, L) of `duration` seconds.
 
-        melodies: one wave (C, L) or None per description, or a tensor (B, C, L). prompt: wave (C, L) or
-        (B, C, L) that the result begins with; the duration includes it. Rates in Hz, default: the model's.
-        settings: see `generate_codes`. Raises UserError for what cannot be done.
+        melodies: one wave (C, L) or None per description, or (B, C, L), or one for all. prompt: waves alike
+        that the results begin with; the duration includes it. Rates in Hz, default: the model's. What is a
+        wave: data/stems.py. settings: see `generate_codes`. Raises UserError for what cannot be done.
         """
+        descriptions = as_descriptions(descriptions)
+        B = len(descriptions)
         if prompt is not None:
-            prompt = self.encode_prompt(prompt, prompt_sample_rate, len(descriptions))
-        melodies = [None] * len(descriptions) if melodies is None else melodies
-        chromas = []
-        for melody in melodies:
-            chroma = None if melody is None else self.melody_chroma(melody, melody_sample_rate)
-            chromas.append(chroma)
+            prompt = self.encode_prompt(prompt, prompt_sample_rate, B)
+        chromas = None
+        if melodies is not None:
+            waves = as_waves(melodies, melody_sample_rate, self.sample_rate, B, "melody")
+            chromas = [wav if wav is None else self.melody_chroma(wav) for wav in waves]
         codes = self.generate_codes(descriptions, chromas, prompt, duration, **settings)
         return self.decode(codes, duration)
 
     def melody_chroma(self, melody, sample_rate=None, stem=None):
-        """Melody wave (L,) or (C, L) of any rate and length -> chroma (M, Q) of its separated stem."""
-        wav = torch.as_tensor(melody).detach().float().cpu()
-        wav = wav[None] if wav.dim() == 1 else wav
-        valid = wav.dim() == 2 and wav.numel() > 0 and wav.isfinite().all()
-        if not valid:
-            shape = tuple(wav.shape)
-            raise UserError(f"a melody must be a non-empty wave (C, L) of finite numbers, not {shape}")
-        wav = resample(wav, sample_rate or self.sample_rate, self.sample_rate)
+        """Melody wave (L,), (C, L) or (L, C), any rate and length -> chroma (M, Q) of its separated stem."""
+        wav = as_wave(melody, sample_rate, self.sample_rate, "melody")
         wav = separate(wav, self.sample_rate, stem or self.config.stem)         # (1, L)
         extract = ChromaExtractor(self.sample_rate, self.config.n_chroma, self.config.radix2_exp)
         return extract(wav)[0]
 
     @torch.inference_mode()
     def encode_prompt(self, prompt, sample_rate, batch):
-        """A wave to continue, (L,), (C, L) or (B, C, L) -> its codes (B, K, T0), whole frames only."""
+        """Waves to continue, see `as_waves`, one for all or one an item -> codes (B, K, T0), whole frames."""
         C, stride = self.config.channels, self.config.stride
-        wav = torch.as_tensor(prompt).detach().float().cpu()
-        wav = wav[None] if wav.dim() == 1 else wav
-        wav = resample(wav, sample_rate or self.sample_rate, self.sample_rate)
-        if wav.dim() == 2:
-            wav = wav.expand(batch, -1, -1)                                 # (B, C, L)
-        if C == 1 or wav.shape[1] == 1:
-            mono = wav.mean(1, keepdim=True)
-            wav = mono.expand(-1, C, -1)
-        frames = wav.shape[-1] // stride
-        if not frames:
-            raise UserError(f"the prompt is shorter than one frame of {1 / self.frame_rate:.3f} s; give a "
-                            f"longer one")
-        wav = wav[:, :C, :frames * stride]
-        codes = self.codec.encode(wav.to(self.codec_device))
+        waves = []
+        for wav in as_waves(prompt, sample_rate, self.sample_rate, batch, "prompt", loudest=LOUD):
+            if wav is None:
+                raise UserError("prompt: one for all, or one for each description; None is none")
+            if C == 1 or wav.shape[0] == 1:
+                wav = wav.mean(0, keepdim=True).expand(C, -1)
+            frames = wav.shape[-1] // stride
+            if not frames:
+                raise UserError(f"the prompt is shorter than one frame of {1 / self.frame_rate:.3f} s; give "
+                                f"a longer one")
+            waves.append(wav[:C, :frames * stride])
+        if len({wav.shape for wav in waves}) != 1:
+            raise UserError("the prompts differ in length; cut them to that of the shortest")
+        codes = self.codec.encode(torch.stack(waves).to(self.codec_device))
         return codes[:, :self.config.n_q]
 
     @torch.inference_mode()
@@ -175,6 +171,7 @@ class MusicGen:
         in a batch. Defaults are the configuration's. progress: show a bar. `interrupted`: turns true when
         generation is to end with the frames that are whole. Raises UserError for what cannot be done.
         """
+        descriptions = as_descriptions(descriptions)
         config, B = self.config, len(descriptions)
         chromas = [None] * B if chromas is None else chromas
         duration = config.segment_duration if duration is None else duration
@@ -186,6 +183,8 @@ class MusicGen:
         codes = torch.empty(B, config.n_q, 0, dtype=torch.long)
         if prompt is not None:
             codes = prompt.cpu()
+            if codes.shape[:2] != (B, config.n_q):
+                raise UserError(f"prompt: must be codes ({B}, {config.n_q}, T0), not {tuple(codes.shape)}")
         T0 = codes.shape[-1]
         self.check_arguments(B, chromas, T0, duration, seeds, guidance, temperature, top_k, top_p)
 
@@ -211,8 +210,6 @@ class MusicGen:
 
     def check_arguments(self, B, chromas, T0, duration, seeds, guidance, temperature, top_k, top_p):
         """Raises UserError for arguments of `generate_codes` that make no sense, alone or together."""
-        if not B:
-            raise UserError("nothing to generate: give at least one description (None for none)")
         if len(chromas) != B or len(seeds) != B:
             raise UserError(f"{B} descriptions need as many melodies and seeds, not {len(chromas)} and "
                             f"{len(seeds)}")
@@ -276,13 +273,15 @@ def delay_melody(conditions, frames):
     return conditions._replace(prefix_time=time)
 
 
-def resample(wav, old, new):
-    """Wave (..., L) from rate old to rate new, in Hz."""
-    if old == new:
-        return wav
-    from scipy.signal import resample_poly      # here, because it takes half a second to import
-    resampled = resample_poly(wav.numpy(), new, old, axis=-1)
-    return torch.from_numpy(resampled.copy()).float()
+def as_descriptions(texts):
+    """Texts, strings or None, as a list; a single string is one. Raises UserError for anything else."""
+    texts = [texts] if isinstance(texts, str) else texts
+    known = isinstance(texts, (list, tuple)) and all(isinstance(x, (str, type(None))) for x in texts)
+    if not known:
+        raise UserError(f"descriptions: must be a list of strings or None, not {texts!r:.60}")
+    if not texts:
+        raise UserError("nothing to generate: give at least one description (None for none)")
+    return list(texts)
 
 
 def condition_passes(lm, conditions, T, guidance=3.0, two_step=False):

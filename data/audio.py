@@ -4,49 +4,68 @@
 """
 import io
 import math
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
 
+from data.recordings import Recording
 from system.errors import UserError, as_user_error
 from system.files import write_atomic
 
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"),
            ".mp3": ("MP3", "MPEG_LAYER_III")}
+LOWEST, HIGHEST = 1000, 400_000     # Hz; beyond is damage or malice: to resample 2 GHz takes any memory
+LOUD = 16.0     # no recording of samples within -1 and 1 has peaks beyond; one of 16-bit integers has
 
 
-def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, duration: float | None = None):
+told = set()    # sentences
+
+
+def tell_once(sentence: str):
+    """A line on stderr, if it is not one of before."""
+    if sentence not in told:
+        told.add(sentence)
+        print(sentence, file=sys.stderr)
+
+
+def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, duration: float | None = None,
+               tell=tell_once):
     """Any file that soundfile reads -> wave (C, L), float32, at sample_rate. start and duration in seconds.
 
     The file is read block by block, so a header that lies about its length costs nothing. Pieces read one
-    by one join to what the whole file gives: the resampler sees a little more on both sides. Raises
-    UserError naming the file: missing, unreadable, empty there, or with NaN or infinite samples.
+    by one join to what the whole file gives: the resampler sees a little more on both sides. What is damaged
+    is read as far as it is good; `tell` is then given a sentence that names the file and the seconds read.
+    Raises UserError naming the file: missing, unreadable, empty there, or with NaN or infinite samples.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such audio file")
     duration = 1e9 if duration is None else duration
-    if start < 0 or duration <= 0:
+    if not (start >= 0 and duration > 0):
         raise UserError(f"{path}: cannot read {duration} s from {start} s on; start from 0, last more than 0")
     first, length, blocks = round(start * sample_rate), round(duration * sample_rate), []
-    with as_user_error(f"{path}: cannot be read as audio"), soundfile.SoundFile(os.fsencode(path)) as file:
-        if not 1000 <= file.samplerate <= 400_000:  # damage or malice: to resample 2 GHz takes any memory
-            raise UserError(f"{path}: claims {file.samplerate} Hz; save it at a rate from 1,000 to 400,000 "
-                            f"Hz")
-        divisor = math.gcd(sample_rate, file.samplerate)
-        up, down = sample_rate // divisor, file.samplerate // divisor  # `down` samples become `up`
-        margin = 10 * max(up, down) // (up * down) + 2                 # half of the filter, in such groups
-        begin = max(0, first // up - margin)                           # group where reading begins
-        if begin * down > file.frames:
-            raise UserError(f"{path}: has {file.frames / file.samplerate:.2f} s, nothing at {start:.2f} s")
-        file.seek(begin * down)
-        left, size = ((first + length) // up + margin - begin) * down, 2 ** 18 // file.channels
-        while left > 0 and len(block := file.read(min(size, left), "float32", always_2d=True)):
+    with as_user_error(f"{path}: cannot be read as audio"):
+        recording = Recording(path)
+        if not LOWEST <= recording.rate <= HIGHEST:
+            raise UserError(f"{path}: claims {recording.rate} Hz; save it at a rate from {LOWEST:,} to "
+                            f"{HIGHEST:,} Hz")
+        divisor = math.gcd(sample_rate, recording.rate)
+        up, down = sample_rate // divisor, recording.rate // divisor    # `down` samples become `up`
+        margin = 10 * max(up, down) // (up * down) + 2                  # half of the filter, in such groups
+        begin = max(0, first // up - margin)                            # group where reading begins
+        if begin * down > recording.frames:
+            raise UserError(f"{path}: has {recording.frames / recording.rate:.2f} s, nothing at "
+                            f"{start:.2f} s")
+        left = ((first + length) // up + margin - begin) * down
+        for block in recording.blocks(begin * down):
+            block = block[:left]
             left -= len(block)
             sides = block[:, [0, min(1, block.shape[1] - 1)]]  # the first two channels, or the only one twice
             blocks.append(block.mean(1, keepdims=True) if channels == 1 else sides)
+            if left <= 0:
+                break
     wav = np.concatenate(blocks) if blocks else np.zeros((0, channels), np.float32)
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: has samples that are not finite numbers")
@@ -54,9 +73,27 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
         from scipy.signal import resample_poly  # half a second that files of the right rate do not need
         wav = resample_poly(wav, up, down, axis=0)
     wav = wav[first - begin * up:][:length]
+    if recording.problem:
+        tell(f"{path}: read {recording.end / recording.rate:.2f} s of it, {recording.problem}")
     if not len(wav):
         raise UserError(f"{path}: no sound" + (f" at {start:.2f} s" if start else ""))
     return torch.from_numpy(np.ascontiguousarray(wav.T, dtype=np.float32))
+
+
+def seconds_of(path) -> float:
+    """How long a recording is, as far as its structure tells. Raises UserError if it cannot be read."""
+    if not Path(path).is_file():    # a pipe, say, which would be waited for
+        raise UserError(f"{path}: not a file")
+    with as_user_error(f"{path}: cannot be read as audio"):
+        recording = Recording(path)
+        if not recording.frames:
+            raise UserError(f"{path}: empty")
+        return recording.frames / recording.rate
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """Samples within -1 and 1 as 16-bit integers, rounded; libsndfile would cut their fractions off in wav."""
+    return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def write_audio(path, wav, sample_rate: int):
@@ -71,6 +108,8 @@ def write_audio(path, wav, sample_rate: int):
     samples = (wav * (0.99 / peak) if peak > 0.99 else wav).T.numpy()  # (L, C)
     kind, subtype = FORMATS[suffix]
     buffer = io.BytesIO()  # not the file itself: libsndfile reports no error when the disk is full
+    if subtype == "PCM_16":
+        samples = to_int16(samples)
     with as_user_error(f"{path}: cannot be written"):
         with soundfile.SoundFile(buffer, "w", sample_rate, samples.shape[1], subtype, format=kind) as file:
             for i in range(0, len(samples), 2 ** 16):  # libsndfile's ogg writer fails on long blocks

@@ -2,6 +2,7 @@
 
     from data.stems import separate
     stem = separate(wav, sample_rate, "auto")       # (C, L) -> (1, L)
+    wav = as_wave(samples, 44100, 32000, "melody")  # whatever a caller of MusicGen calls a wave -> (C, L)
 """
 import importlib.util
 import math
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from config import FIELDS
+from data.audio import HIGHEST, LOWEST
 from system.errors import UserError, as_user_error
 
+MOST_CHANNELS = 64
 BASS, TREBLE = 120, 6000      # Hz: no melody is looked for below and above
 
 
@@ -123,3 +126,71 @@ def _demucs(wav, sample_rate: int):
     melody = convert_audio(melody, model.samplerate, sample_rate, 1)[0]
     missing = max(0, L - melody.shape[1])
     return F.pad(melody, (0, missing))[:, :L]
+
+
+# --- waves from Python ------------------------------------------------------------------------------------
+
+INTEGERS = {torch.int16: 2.0 ** 15, torch.int32: 2.0 ** 31}     # what stands for 1.0
+
+
+def as_waves(waves, old: int | None, new: int, B: int, name: str, loudest=math.inf) -> list:
+    """Waves of B items, of rate old (None: new) -> a list of B waves (C, L) of rate new, None for none.
+
+    A list of them, or (B, C, L), or a single one for all. Raises UserError for what is neither, and for what
+    could be either: B channels of one wave or B waves. For `loudest` and messages see `as_wave`.
+    """
+    several = isinstance(waves, (list, tuple)) and not all(isinstance(x, (int, float)) for x in waves)
+    shape = tuple(getattr(waves, "shape", ()))
+    if not several and len(shape) != 3:
+        if len(shape) == 2 and 1 < B == min(shape):
+            raise UserError(f"{name}: {shape} could be {B} waves or {B} channels of one; give a list of "
+                            f"waves (C, L), or (B, C, L)")
+        waves = [waves]
+    if len(waves) not in (1, B):
+        raise UserError(f"{B} descriptions need one {name} for all or {B}, not {len(waves)}")
+    given = []
+    for n, wav in enumerate(waves):
+        label = name if len(waves) == 1 else f"{name} {n + 1}"
+        given.append(None if wav is None else as_wave(wav, old, new, label, loudest))
+    return given * (B // len(given)) if B else []
+
+
+def as_wave(samples, old: int | None, new: int, name: str, loudest=math.inf):
+    """A wave of rate old (None: new), tensor or array -> (C, L) of rate new, float32, on the CPU.
+
+    (L,), (C, L), or (L, C) as soundfile returns them: there are fewer channels than samples. 16-bit and
+    32-bit integers are scaled to -1 and 1. Raises UserError, which calls it by its name, for what is no wave,
+    has peaks above `loudest` or no sensible rate.
+    """
+    old = new if old is None else old
+    number = isinstance(old, (int, float, np.number)) and not isinstance(old, bool)
+    if not number or not LOWEST <= old <= HIGHEST or old != int(old):
+        raise UserError(f"{name}: the sample rate {old!r} must be a whole number of Hz from {LOWEST:,} to "
+                        f"{HIGHEST:,}")
+    try:
+        wav = torch.as_tensor(samples.copy() if isinstance(samples, np.ndarray) else samples).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name}: must be a wave (C, L), a tensor or an array, not {samples!r:.60}") from None
+    if wav.dtype in INTEGERS:
+        wav = wav.double() / INTEGERS[wav.dtype]
+    wav = wav[None] if wav.dim() == 1 else wav
+    if not wav.is_floating_point() or wav.dim() != 2 or not wav.numel() or not wav.isfinite().all():
+        raise UserError(f"{name}: must be a non-empty wave (C, L) of finite floats, or of 16- or 32-bit "
+                        f"integers, not {tuple(wav.shape)} of {str(wav.dtype).removeprefix('torch.')}")
+    wav = wav.T if wav.shape[0] > wav.shape[1] else wav
+    if wav.shape[0] > MOST_CHANNELS:
+        raise UserError(f"{name}: must be a wave (C, L), and has {wav.shape[0]} channels")
+    peak = float(wav.abs().max())
+    if peak > loudest:
+        raise UserError(f"{name}: has a peak of {peak:.0f}; scale it to within -1 and 1 (16-bit samples: "
+                        f"divide by 32768)")
+    return resample(wav.float().contiguous(), int(old), new)
+
+
+def resample(wav, old: int, new: int):
+    """Wave (..., L) from rate old to rate new, in Hz."""
+    if old == new:
+        return wav
+    from scipy.signal import resample_poly      # here, because it takes half a second to import
+    resampled = resample_poly(wav.numpy(), new, old, axis=-1)
+    return torch.from_numpy(resampled.copy()).float()

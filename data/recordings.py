@@ -1,0 +1,442 @@
+"""Recordings as their decoders see them: where a file's sound lies, and reading it from any sample on.
+
+    with Recording(path) as recording:
+        for block in recording.blocks(start):   # (n, C) float32, until the recording ends
+            ...
+
+libsndfile decodes, but it seeks exactly only in uncompressed files and in FLAC. In mp3 and Ogg it goes by
+guesses: of an mp3 without a Xing frame it reads what the first frame's bit rate lets it expect, of joined Ogg
+files the first. So the frames of an mp3 and the pages of an Ogg file are looked up here, and libsndfile is
+given a file that has nothing but the sound and begins shortly before the sample that is wanted:
+
+    tag | frame 0 | ... | frame 995 | frame 996 | ... | frame 1000 | ...     the file
+                        | frame 992 | frame 996 | ... | frame 1000 | ...     given to libsndfile
+                          decoded, thrown away        | wanted
+
+What comes of an mp3 frame depends on up to 511 bytes of the frames before it (the bit reservoir) and on the
+state that two frames leave behind, what comes of a Vorbis packet on the packet before. Decoded from there,
+all samples are the very ones that decoding from the beginning gives.
+"""
+import bisect
+import functools
+import io
+import mmap
+import os
+import re
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+
+EXACT = ("ALAC_16", "FLOAT", "DOUBLE", "ULAW", "ALAW")     # codings that libsndfile seeks in exactly, beside PCM
+UNKNOWN = 2 ** 62       # samples: a length beyond is none
+BLOCK = 2 ** 18         # numbers read at a time
+END = 39                # libsndfile's error at the end of a FLAC file that does not say how long it is
+STREAMED = (0x7fffe000, 0x7ffff000, 0xffffe000)     # sizes of about this say that it was not known
+VORBIS_BLOCKS = 2 ** 14     # samples, of the two longest blocks that there are
+NO_MUSIC = 4096         # bytes between the frames of an mp3 that are let pass without a word
+
+
+class Spliced(io.RawIOBase):
+    """A file made of parts: bytes, or (begin, end) of the file at path. It may claim to be longer than it is."""
+
+    def __init__(self, path, parts: list, claimed=None):
+        self.file, self.parts, self.at = open(path, "rb"), parts, 0
+        self.ends = list(np.cumsum([len(p) if isinstance(p, bytes) else p[1] - p[0] for p in parts]))
+        self.size = claimed or int(self.ends[-1])
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self):
+        return self.at
+
+    def readinto(self, buffer):
+        done = 0
+        if self.ends[-1] < self.size - 128 <= self.at:  # libsndfile looks for a tag at the end, and wants it all
+            done = min(len(buffer), self.size - self.at)
+            buffer[:done] = bytes(done)
+            self.at += done
+        while done < len(buffer) and (n := bisect.bisect_right(self.ends, self.at)) < len(self.parts):
+            part, left = self.parts[n], int(self.ends[n]) - self.at
+            take = min(left, len(buffer) - done)
+            if isinstance(part, bytes):
+                data = part[len(part) - left:][:take]
+            else:
+                self.file.seek(part[1] - left)
+                data = self.file.read(take)
+            if not data:
+                break
+            buffer[done:done + len(data)] = data
+            done, self.at = done + len(data), self.at + len(data)
+        return done
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+class Decoder(soundfile.SoundFile):
+    """A SoundFile that only goes forward by itself: after each block soundfile would seek to where it is."""
+
+    def seekable(self):
+        return False
+
+
+# --- mp3 --------------------------------------------------------------------------------------------------
+
+BITRATES = {    # kbit/s of (MPEG-1, layer), and of MPEG-2 and 2.5
+    (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+LIKE = 0xfffe0c00       # bits of a header that all frames of a recording have alike; so is mono or not
+DECODER_DELAY = 529     # samples, of any mp3 decoder
+
+
+@functools.lru_cache(4096)
+def frame_of(header: int) -> tuple[int, int, int, int] | None:
+    """Header of a frame, 32 bits -> (bytes, samples, offset of a Xing tag, kind); None if it is none."""
+    version, layer = header >> 19 & 3, 4 - (header >> 17 & 3)
+    bitrate, rate = header >> 12 & 15, header >> 10 & 3
+    if header >> 21 != 0x7ff or version == 1 or layer == 4 or bitrate in (0, 15) or rate == 3:
+        return None
+    first = version == 3    # MPEG-1
+    rate = (44100, 48000, 32000)[rate] >> (0 if first else 1 if version == 2 else 2)
+    mono, padding = header >> 6 & 3 == 3, header >> 9 & 1
+    bits = 1000 * BITRATES[first, layer][bitrate - 1]
+    kind = header & LIKE | mono
+    if layer == 1:
+        return 4 * (12 * bits // rate + padding), 384, 0, kind
+    samples = 576 if layer == 3 and not first else 1152
+    side = (17 if mono else 32) if first else (9 if mono else 17)
+    return samples // 8 * bits // rate + padding, samples, 4 + side, kind
+
+
+def after_tag(data, at: int) -> int:
+    """Where the ID3 or APE tag that begins at `at` ends; `at` itself if there is none."""
+    if data[at:at + 3] == b"ID3" and at + 10 <= len(data):
+        a, b, c, d = data[at + 6:at + 10]
+        return at + 10 + (a << 21 | b << 14 | c << 7 | d) + (10 if data[at + 5] & 16 else 0)
+    if data[at:at + 8] == b"APETAGEX" and at + 24 <= len(data):
+        size, _, flags = struct.unpack("<III", data[at + 12:at + 24])
+        return at + (32 if not flags & 1 << 29 else size + 32)     # a footer, or a header with all behind
+    return at + 128 if data[at:at + 3] == b"TAG" else at
+
+
+class Mp3:
+    """The frames of an mp3 file: their places, and which of their samples are sound."""
+
+    def __init__(self, data):
+        self.starts, self.sizes, self.kind, self.tags, self.lost = [], [], None, [], 0
+        self.scan(data)
+        self.starts, self.sizes = np.array(self.starts, np.int64), np.array(self.sizes, np.int64)
+        n = len(self.starts)
+        self.delay, self.frames = 0, n * self.samples if n else 0
+        claimed = sum(xing.count for xing in self.tags) * self.samples if n else 0
+        self.missing = claimed - self.frames if claimed > self.frames else 0
+        if self.tags and self.tags[0].first and self.tags[0].delay is not None:
+            self.delay = self.tags[0].delay + DECODER_DELAY     # that of the encoder, and ours
+            padding = max(0, self.tags[-1].padding - DECODER_DELAY) if claimed == self.frames else 0
+            self.frames = max(0, self.frames - self.delay - padding)
+
+    def header(self, data, at: int):
+        """What frame_of says of the place, if it is a frame of this file's kind."""
+        frame = frame_of(int.from_bytes(data[at:at + 4], "big")) if at + 4 <= len(data) else None
+        return frame if frame and self.kind in (None, frame[3]) else None
+
+    def scan(self, data):
+        at, follows = 0, False      # follows: whether a frame ends here
+        while at + 4 <= len(data):
+            frame = self.header(data, at)
+            if frame and at + frame[0] <= len(data) and (follows or self.confirmed(data, at, frame)):
+                self.add(data, at, frame)
+                at, follows = at + frame[0], True
+                continue
+            follows, end = False, after_tag(data, at)
+            if end == at:
+                end = min(place for place in (len(data), data.find(b"\xff", at + 1), data.find(b"ID3", at + 1),
+                                              data.find(b"APETAGEX", at + 1)) if place > at)
+                self.lost += end - at if self.starts else 0
+            at = end
+
+    def confirmed(self, data, at, frame) -> bool:
+        """Whether another frame of the kind begins where this one ends, or the file ends there."""
+        following = frame_of(int.from_bytes(data[at + frame[0]:at + frame[0] + 4], "big"))
+        return at + frame[0] == len(data) or following is not None and following[3] == frame[3]
+
+    def add(self, data, at: int, frame):
+        size, self.samples, offset, self.kind = frame
+        tag = data[at + offset:at + offset + 4] if offset else b""
+        if tag in (b"Xing", b"Info"):
+            self.tags.append(read_xing(data[at + offset:at + size], not self.starts))
+        elif data[at + 36:at + 40] != b"VBRI":
+            self.starts.append(at)
+            self.sizes.append(size)
+
+    def before(self, sample: int) -> tuple[int, int]:
+        """A frame to begin with for the sound from `sample` on, and how many decoded samples come before it."""
+        wanted = (sample + self.delay) // self.samples
+        n, reservoir = min(wanted, len(self.starts)), 0
+        while n > 0 and reservoir < 511 + 32 * 9:
+            n -= 1
+            reservoir += int(self.sizes[n]) - 38    # header, checksum and side information are not of it
+        n = max(0, n - 2) // 8 * 8      # the filter bank's buffer turns once in 8 frames: rounding is the same
+        return n, sample + self.delay - n * self.samples
+
+    def parts(self, n: int) -> list[tuple[int, int]]:
+        """Places of the frames from n on, those that follow each other in one."""
+        starts, ends = self.starts[n:], self.starts[n:] + self.sizes[n:]
+        gaps = np.flatnonzero(starts[1:] != ends[:-1])
+        begins, stops = starts[np.r_[0, gaps + 1]], ends[np.r_[gaps, len(ends) - 1]]
+        return list(zip(begins.tolist(), stops.tolist()))
+
+    def open(self, path, link: int, start: int):
+        n, skip = self.before(start)
+        parts = self.parts(n)
+        size = sum(end - begin for begin, end in parts)
+        # from bytes and the first frame's bit rate libsndfile takes the length: let that be long enough
+        return Decoder(Spliced(path, parts, 64 * size + 2 ** 16)), skip
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.frames]
+
+    def problem(self, rate: int) -> str | None:
+        if self.missing:
+            return f"{self.missing / rate:.2f} s less than its Xing tag claims"
+        if self.lost > NO_MUSIC:
+            return f"{self.lost} bytes between its frames, or behind them, are no mp3 of its kind"
+        return None
+
+
+class Xing(NamedTuple):
+    """What the tag in an mp3 frame without sound says of the frames that follow."""
+    count: int              # how many there are
+    delay: int | None       # samples that the encoder put in front, None if it does not say
+    padding: int            # and behind
+    first: bool             # whether no frame comes before it
+
+
+def read_xing(tag: bytes, first: bool) -> Xing:
+    if len(tag) < 12:
+        return Xing(0, None, 0, first)
+    flags, count = struct.unpack(">II", tag[4:12])
+    at = 8 + 4 * (flags & 1) + 4 * (flags >> 1 & 1) + 100 * (flags >> 2 & 1) + 4 * (flags >> 3 & 1)
+    both = int.from_bytes(tag[at + 21:at + 24], "big")
+    if not flags & 1:
+        return Xing(0, None, 0, first)
+    if not tag[at:at + 4].isalnum() or len(tag) < at + 24:
+        return Xing(count, None, 0, first)
+    return Xing(count, both >> 12, both & 0xfff, first)
+
+
+# --- Ogg --------------------------------------------------------------------------------------------------
+
+class Link(NamedTuple):
+    """One of the Ogg files that a file is joined of."""
+    begin: int
+    sound: int          # where the pages with sound begin, behind those of the headers
+    end: int
+    pages: np.ndarray   # (n, 2): place and granule of the pages where decoding can begin
+    complete: bool      # whether its last page says that it is the last
+
+
+class Ogg:
+    """The pages of an Ogg file, Vorbis or Opus or another coding."""
+
+    def __init__(self, data, path):
+        self.links, self.lengths = [], []
+        links = split_links(data)
+        for link in links:
+            try:
+                with Decoder(Spliced(path, [(link.begin, link.end)])) as file:
+                    like = file.samplerate, file.channels, file.subtype
+                    frames = file.frames
+            except soundfile.LibsndfileError:   # a video, say, or damaged
+                break
+            if self.links and like != self.like:
+                break
+            self.like = like
+            self.links.append(link)
+            self.lengths.append(frames)
+        self.left_out = len(links) - len(self.links)
+
+    def open(self, path, n: int, start: int):
+        link, length = self.links[n], self.lengths[n]
+        rate, _, coding = self.like
+        if coding == "OPUS" and start > 2 * rate:   # libsndfile seeks well, but for the rounding at first
+            file = Decoder(Spliced(path, [(link.begin, link.end)]))
+            file.seek(start - 2 * rate)
+            return file, 2 * rate
+        page = 0
+        if coding == "VORBIS" and len(link.pages):
+            granule = link.pages[-1, 1] - (length - start + VORBIS_BLOCKS)
+            page = int(np.searchsorted(link.pages[:, 1], granule)) - 1
+        if page > 0:
+            file = Decoder(Spliced(path, [(link.begin, link.sound), (int(link.pages[page, 0]), link.end)]))
+            if start >= length - file.frames:       # the granule of the last page counts from the first sample
+                return file, start - (length - file.frames)
+            file.close()
+        return Decoder(Spliced(path, [(link.begin, link.end)])), start
+
+    def problem(self, rate: int) -> str | None:
+        if self.left_out:
+            return f"{self.left_out} of the files that it is joined of are of another kind"
+        if not self.links[-1].complete:
+            return "its last page is missing"
+        return None
+
+
+def split_links(data) -> list[Link]:
+    """The links of an Ogg file. Pages that are damaged are passed over."""
+    links, at, previous = [], data.find(b"OggS"), None
+    while at >= 0 and at + 27 <= len(data):
+        flags, granule, count = data[at + 5], *struct.unpack("<q", data[at + 6:at + 14]), data[at + 26]
+        lacing = data[at + 27:at + 27 + count]
+        end = at + 27 + count + sum(lacing)
+        if end > len(data):
+            break
+        if flags & 2 and not (previous is not None and previous & 2):   # the first page of a stream
+            head = data[at + 27 + count:at + 35 + count]
+            packets = 3 if head[:7] == b"\1vorbis" else 2 if head == b"OpusHead" else None
+            links.append(dict(begin=at, sound=end, pages=[], packets=packets, streams=0))
+        if links:
+            link = links[-1]
+            link["streams"] += bool(flags & 2)
+            if link["packets"] is not None and link["packets"] > 0:     # of the headers
+                link["packets"] -= sum(length < 255 for length in lacing)
+                link["sound"] = end
+            elif granule >= 0 and not flags & 1:
+                link["pages"].append((at, granule))
+            link |= dict(end=end, last=granule, complete=bool(flags & 4))
+            previous = flags
+        at = end if data[end:end + 4] == b"OggS" else data.find(b"OggS", end)
+    found = []
+    for link in links:
+        seekable = link["packets"] is not None and link["streams"] == 1
+        pages = np.array(link["pages"] if seekable else [], np.int64).reshape(-1, 2)
+        found.append(Link(link["begin"], link["sound"], link["end"], pages, link["complete"]))
+    return found
+
+
+# --- all others -------------------------------------------------------------------------------------------
+
+class Plain:
+    """A file that libsndfile reads rightly, if its header is right."""
+
+    def __init__(self, data, file):
+        self.parts = None
+        self.exact = super(Decoder, file).seekable() and (file.subtype.startswith("PCM") or file.subtype in EXACT)
+        self.lengths = [file.frames]
+        self.claim = None
+        for claimed, there in re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info):
+            claimed, there = int(claimed), int(there)
+            if claimed > there and not any(low <= claimed < low + 2 ** 13 for low in STREAMED):
+                self.claim = f"has {there} of {claimed} bytes that its header claims"
+        if file.format in ("WAV", "WAVEX") and not file.frames and (at := empty_chunk(data)):
+            # written while it was recorded, and never finished: of the largest size it lasts as long as it is
+            self.parts = [data[:at], b"\xff" * 4, (at + 4, len(data))]
+
+    def open(self, path, link: int, start: int):
+        file = Decoder(Spliced(path, self.parts) if self.parts else os.fsencode(path))
+        if self.exact and start:
+            try:
+                file.seek(start)
+                return file, 0
+            except soundfile.LibsndfileError:   # damaged on the way: what is before that can be read
+                file.close()
+                return self.open(path, link, 0)[0], start
+        return file, start
+
+    def problem(self, rate: int) -> str | None:
+        return self.claim
+
+
+def empty_chunk(data) -> int | None:
+    """Where the size of the samples of a WAV file is, if it is 0 though samples follow."""
+    at, place = 12, None
+    while at + 8 <= len(data):
+        name, size = struct.unpack("<4sI", data[at:at + 8])
+        if name == b"data" and not size and at + 8 < len(data):
+            place = at + 4
+        at += 8 + size + size % 2
+    return None if at == len(data) else place   # whole chunks to the end: there are no samples
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+@functools.lru_cache(16)
+def source_of(path, size: int, time: int):
+    """(source, rate, channels) of a file; size and time show when it has changed."""
+    with Decoder(os.fsencode(path)) as file, open(path, "rb") as raw:
+        with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            source = None
+            if file.format == "MP3":
+                source = Mp3(data)
+                if not len(source.starts) or source.lost > source.sizes.sum():  # "free format", say
+                    source = None
+            elif file.format == "OGG":
+                source = Ogg(data, path)
+                if not source.links:
+                    source = None
+            source = source or Plain(data, file)
+        rate, channels = file.samplerate, file.channels
+    if isinstance(source, Plain) and source.parts:
+        with source.open(path, 0, 0)[0] as file:
+            source.lengths = [file.frames]
+    return source, rate, channels
+
+
+class Recording:
+    """A file of sound: rate in Hz, channels, frames (samples, as far as its structure tells)."""
+
+    def __init__(self, path):
+        self.path, stat = path, os.stat(path)
+        self.source, self.rate, self.channels = source_of(path, stat.st_size, stat.st_mtime_ns)
+        self.frames = sum(self.source.lengths)
+        self.problem = None     # what was wrong, once the end has been reached
+
+    def blocks(self, start: int = 0):
+        """Yields blocks (n, C), float32, from sample `start` on to the end, of 2 ** 18 numbers at most."""
+        self.problem, at, last = None, 0, len(self.source.lengths) - 1
+        for n, length in enumerate(self.source.lengths):
+            if start < at + length:
+                file, skip = self.source.open(self.path, n, max(0, start - at))
+                with file:
+                    begin = max(start, at)
+                    for block in self.read(file, skip, at + length - begin):
+                        begin += len(block)
+                        yield block
+                if begin < at + length < UNKNOWN and not self.problem:
+                    self.problem = f"{(self.frames - begin) / self.rate:.2f} s less than it claims"
+                if self.problem:
+                    break
+            at += length
+        self.end = begin if start < at else start
+        self.problem = self.problem or self.source.problem(self.rate)
+
+    def read(self, file, skip: int, left: int):
+        size = BLOCK // self.channels
+        while skip + left > 0:
+            block = np.full((min(size, skip or left), self.channels), np.nan, np.float32)
+            n, error = len(block), None
+            try:
+                n = len(file.read(out=block))
+            except soundfile.LibsndfileError as failure:    # what was decoded before is in the block
+                error, missing = failure, np.isnan(block[:, 0])
+                n = int(missing.argmax()) if missing.any() else n
+            if skip:
+                skip -= n
+            elif n:
+                left -= n
+                yield block[:n]
+            if error is not None or not n:
+                if error is not None and not (self.frames >= UNKNOWN and error.code == END):
+                    self.problem = f"{error.error_string.strip(' .') or 'damaged'} there"
+                break
