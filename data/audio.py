@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import torch
 
-from data.recordings import Recording
+from data.recordings import UNKNOWN, Recording
 from system.errors import UserError, as_user_error
 from system.files import write_atomic
 
@@ -74,7 +74,7 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
         wav = resample_poly(wav, up, down, axis=0)
     wav = wav[first - begin * up:][:length]
     if recording.problem:
-        tell(f"{path}: read {recording.end / recording.rate:.2f} s of it, {recording.problem}")
+        tell(f"{path}: {recording.end / recording.rate:.2f} s were read; {recording.problem}")
     if not len(wav):
         raise UserError(f"{path}: no sound" + (f" at {start:.2f} s" if start else ""))
     return torch.from_numpy(np.ascontiguousarray(wav.T, dtype=np.float32))
@@ -86,9 +86,12 @@ def seconds_of(path) -> float:
         raise UserError(f"{path}: not a file")
     with as_user_error(f"{path}: cannot be read as audio"):
         recording = Recording(path)
-        if not recording.frames:
+        frames = recording.frames
+        if frames >= UNKNOWN:   # FLAC as it is written into a pipe: only decoding shows
+            frames = sum(map(len, recording.blocks()))
+        if not frames:
             raise UserError(f"{path}: empty")
-        return recording.frames / recording.rate
+        return frames / recording.rate
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:

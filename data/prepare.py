@@ -18,6 +18,7 @@ how often the track is drawn (1 is normal). What is ignored is named at the end,
     DIR/log.NNNNN.jsonl   the tracks that are finished
     DIR/settings.json     what all of them were made with
     DIR/skipped.txt       what could not be read, and why
+    DIR/notes.txt         what was prepared, but is damaged, silent, far too loud, or shorter than a segment
 
 Rerunning goes on where it stopped, however it stopped: a line of the log is written after its data are on
 the disk, and data without a line are cut off. Each process writes a shard of its own; captions are read
@@ -31,6 +32,7 @@ import datetime
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -46,7 +48,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
 from chroma import ChromaExtractor
 from config import Config, load
-from data.audio import read_audio
+from data.audio import LOUD, read_audio, tell_once
 from data.captions import Track, parse_object, read_text, scan
 from data.shards import Shard, read_logs
 from data.stems import pick_stem, separate
@@ -66,6 +68,7 @@ except ImportError:
 CURVES = ("chroma",)
 BLOCK = 2 ** 21         # samples read at a time (a minute at 32 kHz): memory does not grow with the length
 PIECE = 500             # code frames given to the codec at a time
+SILENT = 1e-3           # root mean square of what is next to silence: -60 dB
 
 
 # --- one recording: codes and curves ----------------------------------------------------------------------
@@ -78,16 +81,49 @@ class Block(NamedTuple):
     last: bool          # whether the recording ends with it
 
 
-def blocks(path: Path, sample_rate: int, channels: int, context: int, block: int = BLOCK):
-    """Yields the blocks of a recording, `block` samples each, with up to `context` more on each side."""
+def blocks(path: Path, sample_rate: int, channels: int, context: int, block: int = BLOCK,
+           tell=tell_once):
+    """Yields the blocks of a recording, `block` samples each, with up to `context` more on each side.
+
+    tell: is given a sentence if the recording ends before it should.
+    """
     start, last = 0, False
     while not last:
         begin, end = max(0, start - context), start + block + context
-        wav = read_audio(path, sample_rate, channels, begin / sample_rate, (end - begin) / sample_rate)
+        duration = (end - begin) / sample_rate
+        wav = read_audio(path, sample_rate, channels, begin / sample_rate, duration, tell)
         lead = start - begin
         last = begin + wav.shape[1] < end
         yield Block(wav, lead, wav.shape[1] - lead if last else block, last)
         start += block
+
+
+class Health:
+    """What the samples of a recording show of mistakes that were made before they came here."""
+
+    def __init__(self):
+        self.peak = self.samples = self.power = self.mono_power = 0
+
+    def add(self, wav: torch.Tensor):
+        """The next samples (C, L)."""
+        wav = wav.double()
+        self.peak = max(self.peak, float(wav.abs().max()))
+        self.samples += wav.shape[1]
+        self.power += float(wav.square().mean(0).sum())
+        self.mono_power += float(wav.mean(0).square().sum())
+
+    def problem(self, path: Path, sample_rate: int) -> str | None:
+        if self.peak > LOUD:
+            return (f"has peaks of {self.peak:.6g}, where 1 is full scale; divide 16-bit samples by 32768 "
+                    f"before they are saved as floats")
+        rms, mono_rms = (math.sqrt(power / self.samples) for power in (self.power, self.mono_power))
+        if mono_rms > SILENT:
+            return None
+        sides = read_audio(path, sample_rate, 2, duration=60.0, tell=lambda sentence: None)
+        rms = max(rms, float(sides.double().square().mean().sqrt()))
+        if rms > SILENT:
+            return "its two sides cancel each other: mixed to mono it is silent; turn one of them over"
+        return f"is silent, or nearly so: {20 * math.log10(rms):.0f} dB" if rms else "is silent"
 
 
 class Preparer:
@@ -96,6 +132,7 @@ class Preparer:
     def __init__(self, codec: EncodecModel, config: Config, stem: str, device, block: int = BLOCK):
         self.codec, self.device, self.stem, self.block = codec.to(device), device, stem, block
         self.channels = config.channels
+        self.notes = []     # on the last recording: sentences
         self.extractor = ChromaExtractor(codec.sample_rate, config.n_chroma, config.radix2_exp).to(device)
         # what separation and the chroma window see beyond a block; block and context are whole hops of both
         self.context = max(2 ** 16, 2 * self.extractor.window)
@@ -105,9 +142,11 @@ class Preparer:
         """Codes (T, K) uint16 of the recording `path`, and the curves in CURVES by name, each (M,) uint8.
 
         "chroma" is that of the recording `melody`: cut where that is longer, silent at the end where it is
-        shorter. Raises UserError naming the file that cannot be read.
+        shorter. What is wrong with the two is then in `notes`. Raises UserError naming the file that cannot
+        be read.
         """
         curves = {name: [] for name in CURVES}      # block by block
+        self.notes, health = [], Health()
         samples = 0
 
         def waves():
@@ -116,7 +155,9 @@ class Preparer:
                 samples += block.new
                 if melody == path:
                     curves["chroma"].append(self.pitch_classes(block))
-                own = block.wav[:, block.lead:block.lead + block.new].to(self.device)
+                own = block.wav[:, block.lead:block.lead + block.new]
+                health.add(own)
+                own = own.to(self.device)
                 # a mono codec takes the sides of a stereo pair as a batch
                 yield own[:, None] if self.codec.channels == 1 else own[None]
 
@@ -124,10 +165,16 @@ class Preparer:
         if melody != path:
             curves["chroma"] = [self.pitch_classes(block) for block in self.blocks(melody)]
         M = self.extractor.frames(samples)
+        if problem := health.problem(path, self.codec.sample_rate):
+            self.note(f"{path}: {problem}")
         return codes, {name: fit(np.concatenate(parts), M) for name, parts in curves.items()}
 
     def blocks(self, path: Path):
-        return blocks(path, self.codec.sample_rate, self.channels, self.context, self.block)
+        return blocks(path, self.codec.sample_rate, self.channels, self.context, self.block, self.note)
+
+    def note(self, sentence: str):
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
     def encode(self, waves) -> np.ndarray:
         """Consecutive waves (B, C, L) of a recording, B sides of a stereo pair -> codes (T, B K) uint16."""
@@ -204,19 +251,26 @@ def prepare_all(todo: list[tuple[Track, list]], folder: Path, shard: Shard, prep
             except (UserError, OSError) as error:
                 shard.note(file=track.file, error=str(error).removeprefix(f"{path}: "))
                 continue
-            shard.add(track.file, stamp, codes, curves)
+            notes = [note.removeprefix(f"{path}: ") for note in preparer.notes]
+            shard.add(track.file, stamp, codes, curves, notes)
             seconds += len(codes) / preparer.codec.frame_rate
             bar.set_postfix_str(f"{seconds / (time.monotonic() - begun):.0f} x real time", refresh=False)
 
 
-def finish(out: Path, folder: Path, tracks: list[Track], complaints: list[str], settings: dict) -> int:
-    """Writes index.json and skipped.txt from all shards and the captions; returns the exit code."""
+def finish(out: Path, folder: Path, tracks: list[Track], complaints: list[str], settings: dict,
+           segment_duration: float) -> int:
+    """Writes index.json, skipped.txt and notes.txt from all shards and the captions; returns the exit code."""
     done, errors = read_logs(out, settings["n_q"], CURVES)
-    index, skipped = [], list(complaints)
+    index, skipped, notes, short = [], list(complaints), [], []
     for track in tracks:
         entry = None if track.problem else done.get((track.file, tuple(stamp_of(folder, track))))
         if entry:
+            notes += [f"{track.file}: {note}" for note in entry.pop("notes", [])]
             index.append(dict(file=track.file) | entry | dict(weight=track.weight, meta=track.meta))
+            seconds = entry["frames"] / settings["frame_rate"]
+            if seconds < segment_duration - 0.5 / settings["frame_rate"]:
+                short.append(f"{track.file}: its {seconds:.2f} s are less than segment_duration = "
+                             f"{segment_duration} s; training leaves it out")
         else:
             problem = track.problem or errors.get(track.file, "has changed meanwhile")
             skipped.append(f"{track.file}: {problem}")
@@ -227,17 +281,23 @@ def finish(out: Path, folder: Path, tracks: list[Track], complaints: list[str], 
           f"stem by {settings['stem']}")
     prepared = {entry["file"] for entry in index}
     report_captions([track for track in tracks if track.file in prepared])
-    if not skipped:
-        (out / "skipped.txt").unlink(missing_ok=True)
-        return 0
-    lines = [line.replace("\n", "\\n").encode("utf-8", "backslashreplace") for line in skipped]
-    write_atomic(out / "skipped.txt", b"\n".join(lines) + b"\n")
-    print(f"{len(skipped)} problems, named in {out / 'skipped.txt'}:", file=sys.stderr)
+    report(out / "notes.txt", notes + short, "notes on what was prepared, in")
+    report(out / "skipped.txt", skipped, "problems, named in")
+    return 1 if skipped else 0
+
+
+def report(path: Path, sentences: list[str], what: str):
+    """Writes a file of sentences, and the first of them to stderr; without any, no file is left."""
+    if not sentences:
+        path.unlink(missing_ok=True)
+        return
+    lines = [line.replace("\n", "\\n").encode("utf-8", "backslashreplace") for line in sentences]
+    write_atomic(path, b"\n".join(lines) + b"\n")
+    print(f"{len(lines)} {what} {path}:", file=sys.stderr)
     for line in lines[:10]:
         print(line.decode(), file=sys.stderr)
     if len(lines) > 10:
         print("...", file=sys.stderr)
-    return 1
 
 
 def report_captions(tracks: list[Track]):
@@ -338,7 +398,9 @@ def main(argv):
         preparer = Preparer(codec, config, settings["stem"], device)
         prepare_all(todo, args.folder, shard, preparer, show=rank() == 0)
     barrier()
-    code = finish(args.out, args.folder, tracks, complaints, settings) if rank() == 0 else 0
+    code = 0
+    if rank() == 0:
+        code = finish(args.out, args.folder, tracks, complaints, settings, config.segment_duration)
     if process_count() > 1:
         dist.destroy_process_group()
     return code

@@ -134,6 +134,7 @@ class Mp3:
 
     def __init__(self, data):
         self.starts, self.sizes, self.kind, self.tags, self.lost = [], [], None, [], 0
+        self.cut = False        # in the middle of its last frame
         self.scan(data)
         self.starts, self.sizes = np.array(self.starts, np.int64), np.array(self.sizes, np.int64)
         n = len(self.starts)
@@ -159,6 +160,9 @@ class Mp3:
                 at, follows = at + frame[0], True
                 continue
             follows, end = False, after_tag(data, at)
+            if frame and at + frame[0] > len(data) and len(self.starts):
+                self.cut = True
+                break
             if end == at:
                 end = min(place for place in (len(data), data.find(b"\xff", at + 1), data.find(b"ID3", at + 1),
                                               data.find(b"APETAGEX", at + 1)) if place > at)
@@ -209,9 +213,11 @@ class Mp3:
 
     def problem(self, rate: int) -> str | None:
         if self.missing:
-            return f"{self.missing / rate:.2f} s less than its Xing tag claims"
+            return f"that is {self.missing / rate:.2f} s less than it claims"
         if self.lost > NO_MUSIC:
             return f"{self.lost} bytes between its frames, or behind them, are no mp3 of its kind"
+        if self.cut:
+            return "its last frame is cut off"
         return None
 
 
@@ -328,20 +334,10 @@ def split_links(data) -> list[Link]:
 # --- all others -------------------------------------------------------------------------------------------
 
 class Plain:
-    """A file that libsndfile reads rightly, if its header is right."""
+    """A file that libsndfile reads rightly, at times after its header has been put right: then in parts."""
 
-    def __init__(self, data, file):
-        self.parts = None
-        self.exact = super(Decoder, file).seekable() and (file.subtype.startswith("PCM") or file.subtype in EXACT)
-        self.lengths = [file.frames]
-        self.claim = None
-        for claimed, there in re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info):
-            claimed, there = int(claimed), int(there)
-            if claimed > there and not any(low <= claimed < low + 2 ** 13 for low in STREAMED):
-                self.claim = f"has {there} of {claimed} bytes that its header claims"
-        if file.format in ("WAV", "WAVEX") and not file.frames and (at := empty_chunk(data)):
-            # written while it was recorded, and never finished: of the largest size it lasts as long as it is
-            self.parts = [data[:at], b"\xff" * 4, (at + 4, len(data))]
+    def __init__(self, exact: bool, parts=None, claim=None):
+        self.exact, self.parts, self.claim = exact, parts, claim    # exact: whether libsndfile seeks exactly
 
     def open(self, path, link: int, start: int):
         file = Decoder(Spliced(path, self.parts) if self.parts else os.fsencode(path))
@@ -371,26 +367,60 @@ def empty_chunk(data) -> int | None:
 
 # --- reading ----------------------------------------------------------------------------------------------
 
-@functools.lru_cache(16)
+@functools.lru_cache(64)
 def source_of(path, size: int, time: int):
     """(source, rate, channels) of a file; size and time show when it has changed."""
-    with Decoder(os.fsencode(path)) as file, open(path, "rb") as raw:
-        with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            source = None
-            if file.format == "MP3":
-                source = Mp3(data)
-                if not len(source.starts) or source.lost > source.sizes.sum():  # "free format", say
-                    source = None
-            elif file.format == "OGG":
-                source = Ogg(data, path)
-                if not source.links:
-                    source = None
-            source = source or Plain(data, file)
-        rate, channels = file.samplerate, file.channels
-    if isinstance(source, Plain) and source.parts:
-        with source.open(path, 0, 0)[0] as file:
+    with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            with Decoder(os.fsencode(path)) as file:
+                source = structure_of(file, data, path)
+        except soundfile.LibsndfileError:
+            source = repaired(data)
+            if source is None:
+                raise
+    with source.open(path, 0, 0)[0] as file:
+        if isinstance(source, Plain):
             source.lengths = [file.frames]
-    return source, rate, channels
+        return source, file.samplerate, file.channels
+
+
+def structure_of(file, data, path):
+    """The source for a file that libsndfile opens."""
+    if file.format == "MP3":
+        source = Mp3(data)
+        if len(source.starts) and source.lost < source.sizes.sum():     # it may be in "free format", say
+            return source
+    if file.format == "OGG":
+        source = Ogg(data, path)
+        if source.links:
+            return source
+    exact = soundfile.SoundFile.seekable(file) and (file.subtype.startswith("PCM") or file.subtype in EXACT)
+    source = Plain(exact, claim=claim_of(file.extra_info))
+    if file.format in ("WAV", "WAVEX") and not file.frames and (at := empty_chunk(data)):
+        # written while it was recorded, and never finished: of the largest size it lasts as long as it is
+        source.parts = [data[:at], b"\xff" * 4, (at + 4, len(data))]
+    return source
+
+
+def repaired(data):
+    """The source for a file that libsndfile does not open, None if there is no help."""
+    size = int.from_bytes(data[4:8], "little") + 8
+    if data[:4] == b"RIFF" and 44 < size < len(data):
+        return Plain(False, [(0, size)], f"{len(data) - size} bytes behind the end of its wave are left out")
+    if data[:4] == b"caff" and (at := data.find(b"data", 8, 2 ** 16)) > 0:
+        left = struct.pack(">q", len(data) - at - 12)
+        return Plain(False, [data[:at + 4], left, (at + 12, len(data))], "its end is cut off")
+    source = Mp3(data)
+    return source if len(source.starts) > 8 and not source.lost else None
+
+
+def claim_of(log: str) -> str | None:
+    """What libsndfile's log of a header says of sound that is missing."""
+    for claimed, there in re.findall(r": (\d+) \(should be (\d+)\)", log):
+        streamed = any(low <= int(claimed) < low + 2 ** 13 for low in STREAMED)
+        if int(claimed) > int(there) and not streamed:
+            return f"it has {there} of the {claimed} bytes that its header claims"
+    return "its end is cut off" if "Seems to be a truncated file" in log else None
 
 
 class Recording:
@@ -414,7 +444,7 @@ class Recording:
                         begin += len(block)
                         yield block
                 if begin < at + length < UNKNOWN and not self.problem:
-                    self.problem = f"{(self.frames - begin) / self.rate:.2f} s less than it claims"
+                    self.problem = f"that is {(self.frames - begin) / self.rate:.2f} s less than it claims"
                 if self.problem:
                     break
             at += length
@@ -438,5 +468,6 @@ class Recording:
                 yield block[:n]
             if error is not None or not n:
                 if error is not None and not (self.frames >= UNKNOWN and error.code == END):
-                    self.problem = f"{error.error_string.strip(' .') or 'damaged'} there"
+                    reason = error.error_string.removeprefix("Error : ").strip(" .")
+                    self.problem = f"what follows is damaged ({reason or 'no reason known'})"
                 break

@@ -22,14 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 
 if __name__ == "__main__":  # the demo: find the project
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Config
-from data.audio import read_audio
+from data.audio import read_audio, seconds_of
 from data.captions import clean, is_recording, walk
 from data.shards import is_whole, open_shard
 from system import processes
@@ -89,14 +88,13 @@ class AudioCrops:
             print(f"skipped {folder}/{complaint}", file=sys.stderr)
         for name in sorted(part(names)):
             try:
-                assert (folder / name).is_file(), "not a file"  # a pipe, say, which would be waited for
-                info = soundfile.info(os.fsencode(folder / name))
-                assert info.frames > 0, "empty"
-                self.paths.append(folder / name)
                 # no more than its bytes can hold: a header may claim ages, and nothing else would be drawn
-                self.seconds.append(min(info.frames / info.samplerate, os.path.getsize(folder / name) / 100))
-            except (RuntimeError, OSError, AssertionError) as error:
-                print(f"skipped {folder / name}: {error}", file=sys.stderr)
+                seconds = min(seconds_of(folder / name), os.path.getsize(folder / name) / 100)
+            except (UserError, OSError) as error:
+                print(f"skipped {error}", file=sys.stderr)
+                continue
+            self.paths.append(folder / name)
+            self.seconds.append(seconds)
         if split == "train" and not self.paths:
             raise UserError(f"data_dir = {config.data_dir!r}: no readable recordings (wav, flac, ogg, mp3, "
                             f"...) to train on")

@@ -120,14 +120,17 @@ class Shard:
             raise UserError(f"{folder}: another process writes into it; let that end, or choose another "
                             f"--out") from None
 
-    def add(self, file: str, stamp: list, codes: np.ndarray, curves: dict[str, np.ndarray]):
-        """Appends a track: codes (T, K) uint16, curves (M,) uint8. It counts once its line is in the log."""
+    def add(self, file: str, stamp: list, codes: np.ndarray, curves: dict[str, np.ndarray], notes=()):
+        """Appends a track: codes (T, K) uint16, curves (M,) uint8. It counts once its line is in the log.
+
+        notes: sentences on what is wrong with it.
+        """
         entry, arrays = {"file": file, "stamp": stamp}, {"codes": codes} | curves
         for name in self.names:
             start, length = place_keys(name)
             entry |= {start: self.frames[name], length: len(arrays[name])}
             self._write(name, arrays[name].tobytes())
-        self.note(**entry)
+        self.note(**entry | ({"notes": list(notes)} if notes else {}))
         for name in self.names:
             self.frames[name] += len(arrays[name])
 

@@ -182,7 +182,7 @@ def as_wave(samples, old: int | None, new: int, name: str, loudest=math.inf):
         raise UserError(f"{name}: must be a wave (C, L), and has {wav.shape[0]} channels")
     peak = float(wav.abs().max())
     if peak > loudest:
-        raise UserError(f"{name}: has a peak of {peak:.0f}; scale it to within -1 and 1 (16-bit samples: "
+        raise UserError(f"{name}: has a peak of {peak:.6g}; scale it to within -1 and 1 (16-bit samples: "
                         f"divide by 32768)")
     return resample(wav.float().contiguous(), int(old), new)
 
