@@ -14,7 +14,7 @@ given a file that has nothing but the sound and begins shortly before the sample
                           decoded, thrown away        | wanted
 
 What comes of an mp3 frame depends on up to 511 bytes of the frames before it (the bit reservoir) and on the
-state that two frames leave behind, what comes of a Vorbis packet on the packet before. Decoded from there,
+state that the two before leave behind, what comes of a Vorbis packet on the packet before. Decoded from there,
 all samples are the very ones that decoding from the beginning gives.
 """
 import bisect
@@ -100,8 +100,11 @@ DECODER_DELAY = 529     # samples, of any mp3 decoder
 
 
 @functools.lru_cache(4096)
-def frame_of(header: int) -> tuple[int, int, int, int] | None:
-    """Header of a frame, 32 bits -> (bytes, samples, offset of a Xing tag, kind); None if it is none."""
+def frame_of(header: int) -> tuple[int, int, int, int, int] | None:
+    """Header of a frame, 32 bits -> (bytes, samples, kind, offset of a Xing tag, bits of the reservoir's size).
+
+    The last two are 0 in layers I and II, which have neither. None if it is no header.
+    """
     version, layer = header >> 19 & 3, 4 - (header >> 17 & 3)
     bitrate, rate = header >> 12 & 15, header >> 10 & 3
     if header >> 21 != 0x7ff or version == 1 or layer == 4 or bitrate in (0, 15) or rate == 3:
@@ -112,10 +115,13 @@ def frame_of(header: int) -> tuple[int, int, int, int] | None:
     bits = 1000 * BITRATES[first, layer][bitrate - 1]
     kind = header & LIKE | mono
     if layer == 1:
-        return 4 * (12 * bits // rate + padding), 384, 0, kind
+        return 4 * (12 * bits // rate + padding), 384, kind, 0, 0
     samples = 576 if layer == 3 and not first else 1152
+    size = samples // 8 * bits // rate + padding
+    if layer == 2:
+        return size, samples, kind, 0, 0
     side = (17 if mono else 32) if first else (9 if mono else 17)
-    return samples // 8 * bits // rate + padding, samples, 4 + side, kind
+    return size, samples, kind, 4 + side, 9 if first else 8
 
 
 def after_tag(data, at: int) -> int:
@@ -149,7 +155,7 @@ class Mp3:
     def header(self, data, at: int):
         """What frame_of says of the place, if it is a frame of this file's kind."""
         frame = frame_of(int.from_bytes(data[at:at + 4], "big")) if at + 4 <= len(data) else None
-        return frame if frame and self.kind in (None, frame[3]) else None
+        return frame if frame and self.kind in (None, frame[2]) else None
 
     def scan(self, data):
         at, follows = 0, False      # follows: whether a frame ends here
@@ -172,10 +178,11 @@ class Mp3:
     def confirmed(self, data, at, frame) -> bool:
         """Whether another frame of the kind begins where this one ends, or the file ends there."""
         following = frame_of(int.from_bytes(data[at + frame[0]:at + frame[0] + 4], "big"))
-        return at + frame[0] == len(data) or following is not None and following[3] == frame[3]
+        return at + frame[0] == len(data) or following is not None and following[2] == frame[2]
 
     def add(self, data, at: int, frame):
-        size, self.samples, offset, self.kind = frame
+        size, self.samples, self.kind, self.offset, self.bits = frame
+        offset = self.offset
         tag = data[at + offset:at + offset + 4] if offset else b""
         if tag in (b"Xing", b"Info"):
             self.tags.append(read_xing(data[at + offset:at + size], not self.starts))
@@ -184,26 +191,49 @@ class Mp3:
             self.sizes.append(size)
 
     def before(self, sample: int) -> tuple[int, int]:
-        """A frame to begin with for the sound from `sample` on, and how many decoded samples come before it."""
-        wanted = (sample + self.delay) // self.samples
-        n, reservoir = min(wanted, len(self.starts)), 0
-        while n > 0 and reservoir < 511 + 32 * 9:
+        """For the sound from `sample` on: the first frame to give to libsndfile, the first to be decoded."""
+        decoded = max(0, (sample + self.delay) // self.samples - 2)
+        n, reservoir = decoded, 0
+        while n > 0 and reservoir < 511:
             n -= 1
-            reservoir += int(self.sizes[n]) - 38    # header, checksum and side information are not of it
-        n = max(0, n - 2) // 8 * 8      # the filter bank's buffer turns once in 8 frames: rounding is the same
-        return n, sample + self.delay - n * self.samples
+            reservoir += int(self.sizes[n]) - 38        # header, checksum and side information are not of it
+        return (n, decoded) if n else (0, 0)
 
-    def parts(self, n: int) -> list[tuple[int, int]]:
+    def muted(self, path, n: int, end: int) -> list:
+        """Frames n ... end - 1 as parts of a file: what later frames need of them, but no sound.
+
+        Of the side information only the place in the reservoir is left: the lengths of all data are 0.
+        """
+        parts = []
+        with open(path, "rb") as file:
+            for start, size in zip(self.starts[n:end].tolist(), self.sizes[n:end].tolist()):
+                file.seek(start)
+                frame = bytearray(file.read(size))
+                side = 4 if frame[1] & 1 else 6         # behind the header, and a checksum
+                frame[side + 1] &= 0x80 if self.bits == 9 else 0
+                frame[side + 2:self.offset + side - 4] = bytes(self.offset - 6)
+                parts.append(bytes(frame))
+        return parts
+
+    def parts(self, n: int, end=None) -> list[tuple[int, int]]:
         """Places of the frames from n on, those that follow each other in one."""
-        starts, ends = self.starts[n:], self.starts[n:] + self.sizes[n:]
+        starts = self.starts[n:end]
+        if not len(starts):
+            return []
+        ends = starts + self.sizes[n:end]
         gaps = np.flatnonzero(starts[1:] != ends[:-1])
         begins, stops = starts[np.r_[0, gaps + 1]], ends[np.r_[gaps, len(ends) - 1]]
         return list(zip(begins.tolist(), stops.tolist()))
 
     def open(self, path, link: int, start: int):
-        n, skip = self.before(start)
-        parts = self.parts(n)
-        size = sum(end - begin for begin, end in parts)
+        n, decoded = self.before(start)
+        first = [(int(self.starts[n]), int(self.starts[n] + self.sizes[n]))] if len(self.starts) else []
+        muted = self.muted(path, n, decoded) if self.offset else self.parts(n, decoded)
+        # the buffer of the filter bank turns once in four frames: so sums are rounded in the same order
+        copies = (n + self.delay // self.samples) % 4
+        parts = copies * (muted[:1] or first) + muted + self.parts(decoded)
+        skip = start + self.delay - (n - copies) * self.samples
+        size = int(self.sizes.sum())
         # from bytes and the first frame's bit rate libsndfile takes the length: let that be long enough
         return Decoder(Spliced(path, parts, 64 * size + 2 ** 16)), skip
 
@@ -430,11 +460,11 @@ class Recording:
         self.path, stat = path, os.stat(path)
         self.source, self.rate, self.channels = source_of(path, stat.st_size, stat.st_mtime_ns)
         self.frames = sum(self.source.lengths)
-        self.problem = None     # what was wrong, once the end has been reached
+        self.problem = None     # what was wrong, once the end has been reached: sample `end`
 
     def blocks(self, start: int = 0):
         """Yields blocks (n, C), float32, from sample `start` on to the end, of 2 ** 18 numbers at most."""
-        self.problem, at, last = None, 0, len(self.source.lengths) - 1
+        self.problem, self.end, at = None, start, 0
         for n, length in enumerate(self.source.lengths):
             if start < at + length:
                 file, skip = self.source.open(self.path, n, max(0, start - at))
@@ -442,13 +472,13 @@ class Recording:
                     begin = max(start, at)
                     for block in self.read(file, skip, at + length - begin):
                         begin += len(block)
+                        self.end = begin
                         yield block
                 if begin < at + length < UNKNOWN and not self.problem:
                     self.problem = f"that is {(self.frames - begin) / self.rate:.2f} s less than it claims"
                 if self.problem:
                     break
             at += length
-        self.end = begin if start < at else start
         self.problem = self.problem or self.source.problem(self.rate)
 
     def read(self, file, skip: int, left: int):
