@@ -73,6 +73,15 @@ def test_loud_waves_are_scaled_not_clipped(tmp_path):
     assert abs(float(read_audio(tmp_path / "x.wav", 8000, 1).abs().max()) - 0.5) < 1e-3
 
 
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_16_bits_are_rounded(suffix, tmp_path):
+    wav = 1.6 * torch.rand(1, 100_000, generator=torch.Generator().manual_seed(0)) - 0.8
+    write_audio(tmp_path / f"x{suffix}", wav, 16000)
+    error = (read_audio(tmp_path / f"x{suffix}", 16000, 1) - wav).double() * 2 ** 15     # in steps
+    assert error.abs().max() < 0.5 + 1e-3 and error.mean().abs() < 0.01
+    assert abs(error.square().mean() - 1 / 12) < 1e-3
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 def samples(value):

@@ -177,6 +177,72 @@ def test_what_cannot_be_done_is_refused(musicgen, arguments, match):
         musicgen.generate(**dict(descriptions=["x"]) | arguments)
 
 
+# --- the class: waves and lists as Python has them --------------------------------------------------------
+
+LONG = wave(seconds=0.1)
+PAIR = torch.cat([wave(440.0, 0.1), wave(550.0, 0.1)])      # (2, L)
+
+
+@pytest.mark.parametrize("given", [
+    PAIR.T, PAIR.T.numpy(), PAIR.numpy()[::-1], PAIR.double(), (PAIR * 2 ** 15).to(torch.int16),
+    (PAIR * 2 ** 15).to(torch.int16).T.numpy(), [PAIR.T], PAIR[None], PAIR.mT[None]],
+    ids=["(L, C)", "array (L, C)", "turned over", "double", "int16", "int16 array", "list", "(1, C, L)",
+         "(1, L, C)"])
+def test_a_wave_is_read_rightly_however_it_comes(musicgen, given):
+    asked = dict(descriptions=["x"], duration=0.2)
+    expected = musicgen.generate(prompt=PAIR, **asked)
+    got = musicgen.generate(prompt=given, **asked)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    melody = given[0] if isinstance(given, list) or given.ndim == 3 else given
+    assert torch.equal(musicgen.melody_chroma(melody), musicgen.melody_chroma(PAIR))
+    expected = musicgen.generate(melodies=[PAIR], **asked)
+    assert torch.equal(musicgen.generate(melodies=given, **asked), expected)
+
+
+def test_the_scale_of_a_melody_does_not_matter(musicgen):
+    assert torch.equal(musicgen.melody_chroma(2 ** 15 * LONG), musicgen.melody_chroma(LONG))
+
+
+def test_one_string_is_one_description(musicgen):
+    assert musicgen.generate("a slow flute tune", duration=0.05).shape[0] == 1
+    assert musicgen.generate_codes("a slow flute tune", duration=0.05).shape[0] == 1
+
+
+THREE = ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("arguments, match", [
+    (dict(prompt=torch.full((1, 900), float("nan"))), "prompt.*finite"),
+    (dict(prompt=torch.full((1, 900), float("inf"))), "prompt.*finite"),
+    (dict(prompt=20000 * LONG), "prompt.*peak.*32768"),
+    (dict(prompt=LONG.long()), "prompt.*int64"),
+    (dict(prompt="song.wav"), "prompt.*song.wav"),
+    (dict(prompt=torch.zeros(1, 1, 1, 900)), "prompt"),
+    (dict(prompt=torch.zeros(900, 900)), "prompt.*900 channels"),
+    (dict(prompt=[None]), "prompt"),
+    (dict(prompt=LONG, prompt_sample_rate=0), "prompt.*rate 0"),
+    (dict(prompt=LONG, prompt_sample_rate=-8000), "prompt.*rate -8000"),
+    (dict(prompt=LONG, prompt_sample_rate=44100.5), "prompt.*rate"),
+    (dict(prompt=LONG, prompt_sample_rate=float("nan")), "prompt.*rate nan"),
+    (dict(prompt=LONG, prompt_sample_rate="44100"), "prompt.*rate '44100'"),
+    (dict(melodies=[LONG], melody_sample_rate=0), "melody.*rate 0"),
+    (dict(melodies=["tune.wav"]), "melody.*tune.wav"),
+    (dict(descriptions=THREE, prompt=LONG.expand(2, 1, -1)), "3 descriptions .* not 2"),
+    (dict(descriptions=THREE, prompt=[LONG, LONG]), "3 descriptions .* not 2"),
+    (dict(descriptions=THREE, prompt=[LONG, LONG, wave(seconds=0.2)]), "length"),
+    (dict(descriptions=THREE, prompt=LONG.expand(3, -1)), "3 waves or 3 channels"),
+    (dict(descriptions=THREE, melodies=[LONG, None]), "3 descriptions .* not 2"),
+    (dict(descriptions=["x", "y"], melodies=PAIR), "2 waves or 2 channels"),
+    (dict(descriptions={"text": "x"}), "descriptions"),
+    (dict(descriptions=[1, 2]), "descriptions"),
+    (dict(descriptions=None), "descriptions"),
+], ids=str)
+def test_waves_and_lists_that_are_none(musicgen, arguments, match):
+    settings = dict(descriptions=["x"], duration=0.3)
+    with pytest.raises(UserError, match=match):
+        musicgen.generate(**settings | arguments)
+
+
 def test_a_text_model_takes_no_melody():
     with pytest.raises(UserError, match="text only"):
         make(melody="none", text="cross").generate(["x"], [wave()])
