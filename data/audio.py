@@ -73,10 +73,11 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
         from scipy.signal import resample_poly  # half a second that files of the right rate do not need
         wav = resample_poly(wav, up, down, axis=0)
     wav = wav[first - begin * up:][:length]
+    if not len(wav):
+        at = f" at {start:.2f} s" if start else ""
+        raise UserError(f"{path}: no sound{at}" + (f"; {recording.problem}" if recording.problem else ""))
     if recording.problem:
         tell(f"{path}: {recording.end / recording.rate:.2f} s were read; {recording.problem}")
-    if not len(wav):
-        raise UserError(f"{path}: no sound" + (f" at {start:.2f} s" if start else ""))
     return torch.from_numpy(np.ascontiguousarray(wav.T, dtype=np.float32))
 
 

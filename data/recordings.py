@@ -32,6 +32,7 @@ import soundfile
 EXACT = ("ALAC_16", "FLOAT", "DOUBLE", "ULAW", "ALAW")     # codings that libsndfile seeks in exactly, beside PCM
 UNKNOWN = 2 ** 62       # samples: a length beyond is none
 BLOCK = 2 ** 18         # numbers read at a time
+HEAD = 2 ** 16          # bytes in which the headers of a file are looked for
 END = 39                # libsndfile's error at the end of a FLAC file that does not say how long it is
 STREAMED = (0x7fffe000, 0x7ffff000, 0xffffe000)     # sizes of about this say that it was not known
 VORBIS_BLOCKS = 2 ** 14     # samples, of the two longest blocks that there are
@@ -384,15 +385,15 @@ class Plain:
         return self.claim
 
 
-def empty_chunk(data) -> int | None:
+def empty_chunk(head: bytes, size: int) -> int | None:
     """Where the size of the samples of a WAV file is, if it is 0 though samples follow."""
     at, place = 12, None
-    while at + 8 <= len(data):
-        name, size = struct.unpack("<4sI", data[at:at + 8])
-        if name == b"data" and not size and at + 8 < len(data):
+    while at + 8 <= len(head):
+        name, length = struct.unpack("<4sI", head[at:at + 8])
+        if name == b"data" and not length and at + 8 < size:
             place = at + 4
-        at += 8 + size + size % 2
-    return None if at == len(data) else place   # whole chunks to the end: there are no samples
+        at += 8 + length + length % 2
+    return None if at == size else place    # whole chunks to the end: there are no samples
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -400,48 +401,65 @@ def empty_chunk(data) -> int | None:
 @functools.lru_cache(64)
 def source_of(path, size: int, time: int):
     """(source, rate, channels) of a file; size and time show when it has changed."""
-    with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            with Decoder(os.fsencode(path)) as file:
-                source = structure_of(file, data, path)
-        except soundfile.LibsndfileError:
-            source = repaired(data)
-            if source is None:
-                raise
+    try:
+        with Decoder(os.fsencode(path)) as file:
+            source = structure_of(file, path, size)
+    except soundfile.LibsndfileError:
+        source = repaired(path, size)
+        if source is None:
+            raise
     with source.open(path, 0, 0)[0] as file:
         if isinstance(source, Plain):
             source.lengths = [file.frames]
         return source, file.samplerate, file.channels
 
 
-def structure_of(file, data, path):
+def structure_of(file, path, size: int):
     """The source for a file that libsndfile opens."""
     if file.format == "MP3":
-        source = Mp3(data)
+        with mapped(path) as data:
+            source = Mp3(data)
         if len(source.starts) and source.lost < source.sizes.sum():     # it may be in "free format", say
             return source
     if file.format == "OGG":
-        source = Ogg(data, path)
+        with mapped(path) as data:
+            source = Ogg(data, path)
         if source.links:
             return source
     exact = soundfile.SoundFile.seekable(file) and (file.subtype.startswith("PCM") or file.subtype in EXACT)
     source = Plain(exact, claim=claim_of(file.extra_info))
-    if file.format in ("WAV", "WAVEX") and not file.frames and (at := empty_chunk(data)):
+    head = head_of(path)
+    if file.format in ("WAV", "WAVEX") and not file.frames and (at := empty_chunk(head, size)):
         # written while it was recorded, and never finished: of the largest size it lasts as long as it is
-        source.parts = [data[:at], b"\xff" * 4, (at + 4, len(data))]
+        source.parts = [head[:at], b"\xff" * 4, (at + 4, size)]
     return source
 
 
-def repaired(data):
+def repaired(path, size: int):
     """The source for a file that libsndfile does not open, None if there is no help."""
-    size = int.from_bytes(data[4:8], "little") + 8
-    if data[:4] == b"RIFF" and 44 < size < len(data):
-        return Plain(False, [(0, size)], f"{len(data) - size} bytes behind the end of its wave are left out")
-    if data[:4] == b"caff" and (at := data.find(b"data", 8, 2 ** 16)) > 0:
-        left = struct.pack(">q", len(data) - at - 12)
-        return Plain(False, [data[:at + 4], left, (at + 12, len(data))], "its end is cut off")
-    source = Mp3(data)
+    head = head_of(path)
+    claimed = int.from_bytes(head[4:8], "little") + 8
+    if head[:4] == b"RIFF" and 44 < claimed < size:
+        return Plain(False, [(0, claimed)], f"{size - claimed} bytes behind the end of its wave are left out")
+    if head[:4] == b"caff" and (at := head.find(b"data", 8)) > 0:
+        left = struct.pack(">q", size - at - 12)
+        return Plain(False, [head[:at + 4], left, (at + 12, size)], "its end is cut off")
+    if not size:
+        return None
+    with mapped(path) as data:
+        source = Mp3(data)
     return source if len(source.starts) > 8 and not source.lost else None
+
+
+def mapped(path):
+    """The bytes of a file, read from the disk only where they are looked at."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def head_of(path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD)
 
 
 def claim_of(log: str) -> str | None:
