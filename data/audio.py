@@ -96,7 +96,7 @@ def seconds_of(path) -> float:
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
-    """Samples within -1 and 1 as 16-bit integers, rounded; libsndfile would cut their fractions off in wav."""
+    """Samples within -1 and 1 as 16-bit integers, rounded; libsndfile would truncate them in wav."""
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 

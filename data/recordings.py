@@ -14,8 +14,8 @@ given a file that has nothing but the sound and begins shortly before the sample
                           decoded, thrown away        | wanted
 
 What comes of an mp3 frame depends on up to 511 bytes of the frames before it (the bit reservoir) and on the
-state that the two before leave behind, what comes of a Vorbis packet on the packet before. Decoded from there,
-all samples are the very ones that decoding from the beginning gives.
+state that the two before leave behind, what comes of a Vorbis packet on the packet before. Decoded from
+there, all samples are the very ones that decoding from the beginning gives.
 """
 import bisect
 import functools
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-EXACT = ("ALAC_16", "FLOAT", "DOUBLE", "ULAW", "ALAW")     # codings that libsndfile seeks in exactly, beside PCM
+EXACT = ("ALAC_16", "FLOAT", "DOUBLE", "ULAW", "ALAW")     # that libsndfile seeks in exactly, beside PCM
 UNKNOWN = 2 ** 62       # samples: a length beyond is none
 BLOCK = 2 ** 18         # numbers read at a time
 HEAD = 2 ** 16          # bytes in which the headers of a file are looked for
@@ -40,7 +40,7 @@ NO_MUSIC = 4096         # bytes between the frames of an mp3 that are let pass w
 
 
 class Spliced(io.RawIOBase):
-    """A file made of parts: bytes, or (begin, end) of the file at path. It may claim to be longer than it is."""
+    """A file made of parts: bytes, or (begin, end) of the file at path. It may claim to be longer."""
 
     def __init__(self, path, parts: list, claimed=None):
         self.file, self.parts, self.at = open(path, "rb"), parts, 0
@@ -56,7 +56,7 @@ class Spliced(io.RawIOBase):
 
     def readinto(self, buffer):
         done = 0
-        if self.ends[-1] < self.size - 128 <= self.at:  # libsndfile looks for a tag at the end, and wants it all
+        if self.ends[-1] < self.size - 128 <= self.at:  # libsndfile looks for a tag at the end
             done = min(len(buffer), self.size - self.at)
             buffer[:done] = bytes(done)
             self.at += done
@@ -102,7 +102,7 @@ DECODER_DELAY = 529     # samples, of any mp3 decoder
 
 @functools.lru_cache(4096)
 def frame_of(header: int) -> tuple[int, int, int, int, int] | None:
-    """Header of a frame, 32 bits -> (bytes, samples, kind, offset of a Xing tag, bits of the reservoir's size).
+    """Header of a frame, 32 bits -> (bytes, samples, kind, offset of a Xing tag, bits of the reservoir).
 
     The last two are 0 in layers I and II, which have neither. None if it is no header.
     """
@@ -171,8 +171,8 @@ class Mp3:
                 self.cut = True
                 break
             if end == at:
-                end = min(place for place in (len(data), data.find(b"\xff", at + 1), data.find(b"ID3", at + 1),
-                                              data.find(b"APETAGEX", at + 1)) if place > at)
+                places = [data.find(mark, at + 1) for mark in (b"\xff", b"ID3", b"APETAGEX")]
+                end = min(place for place in (len(data), *places) if place > at)
                 self.lost += end - at if self.starts else 0
             at = end
 
@@ -317,7 +317,7 @@ class Ogg:
             page = int(np.searchsorted(link.pages[:, 1], granule)) - 1
         if page > 0:
             file = Decoder(Spliced(path, [(link.begin, link.sound), (int(link.pages[page, 0]), link.end)]))
-            if start >= length - file.frames:       # the granule of the last page counts from the first sample
+            if start >= length - file.frames:   # the last page's granule counts from the first sample
                 return file, start - (length - file.frames)
             file.close()
         return Decoder(Spliced(path, [(link.begin, link.end)])), start

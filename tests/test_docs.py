@@ -31,9 +31,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 README, PARITY = TEXTS["README.md"], TEXTS["docs/parity.md"]
 RESULTS, TRAINING = TEXTS["docs/results.md"], TEXTS["docs/training.md"]
-PLACEHOLDERS = {"tune.mp3", "song.mp3", "song.txt", "song.json", "MY_MUSIC", "FOLDER_OF_AUDIO"}
+PLACEHOLDERS = {"tune.mp3", "song.mp3", "song.txt", "song.json", "song.mp3.txt", "song.mp3.json", "MY_MUSIC", "FOLDER_OF_AUDIO"}
 MADE = ("out/", "data/tunes/", "data/prepared", "data/mine", "page")    # by other commands
-RUN_FILES = {"metrics.jsonl", "skipped.txt", "state_dict.bin", "compression_state_dict.bin"}
+RUN_FILES = {"metrics.jsonl", "metadata.jsonl", "metadata.csv", "skipped.txt", "notes.txt", "state_dict.bin",
+             "compression_state_dict.bin"}
 
 
 def without_code_blocks(text: str) -> str:
@@ -159,7 +160,7 @@ def test_command_parses(line):
     program, *words = shlex.split(line)
     program = program.rpartition("/")[2]
     if program == "git":
-        assert words[0] in ("apply", "checkout")
+        assert words[0] in ("apply", "checkout", "lfs")
     elif program == "pip":
         assert words[0] == "install"
     elif words[0] == "-m":

@@ -22,7 +22,7 @@ SECONDS = 12
 
 
 def music(seconds=SECONDS, rate=44100, channels=1, seed=0):
-    """Samples (L, C) of notes, rests and noise: a variable bit rate varies, down to frames of next to nothing."""
+    """Samples (L, C) of notes, rests and noise: a variable bit rate goes down to nearly empty frames."""
     time = np.arange(int(seconds * rate)) / rate
     sounds = np.sin(2 * np.pi * 0.7 * time) > 0
     wave = 0.3 * np.sin(2 * np.pi * 220 * time * (1 + 0.1 * np.floor(time))) * sounds
