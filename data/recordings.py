@@ -17,6 +17,7 @@ What comes of an mp3 frame depends on up to 511 bytes of the frames before it (t
 state that the two before leave behind, what comes of a Vorbis packet on the packet before. Decoded from
 there, all samples are the very ones that decoding from the beginning gives.
 """
+import array
 import bisect
 import functools
 import io
@@ -82,8 +83,24 @@ class Spliced(io.RawIOBase):
 class Decoder(soundfile.SoundFile):
     """A SoundFile that only goes forward by itself: after each block soundfile would seek to where it is."""
 
+    def __init__(self, file):
+        self.file = file
+        try:
+            super().__init__(file)
+        except soundfile.LibsndfileError:
+            self.close_file()
+            raise
+
     def seekable(self):
         return False
+
+    def close(self):
+        super().close()
+        self.close_file()
+
+    def close_file(self):
+        if isinstance(self.file, Spliced):
+            self.file.close()
 
 
 # --- mp3 --------------------------------------------------------------------------------------------------
@@ -140,10 +157,12 @@ class Mp3:
     """The frames of an mp3 file: their places, and which of their samples are sound."""
 
     def __init__(self, data):
-        self.starts, self.sizes, self.kind, self.tags, self.lost = [], [], None, [], 0
+        self.starts, self.sizes = array.array("q"), array.array("q")
+        self.kind, self.tags = None, []
+        self.lost = 0           # bytes between frames, or behind them, that are no tags
         self.cut = False        # in the middle of its last frame
         self.scan(data)
-        self.starts, self.sizes = np.array(self.starts, np.int64), np.array(self.sizes, np.int64)
+        self.starts, self.sizes = np.array(self.starts), np.array(self.sizes)
         n = len(self.starts)
         self.delay, self.frames = 0, n * self.samples if n else 0
         claimed = sum(xing.count for xing in self.tags) * self.samples if n else 0

@@ -4,19 +4,22 @@
 """
 import functools
 import io
+import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from constants import TRAIN_CODEC
 from config import Config
+from constants import TRAIN_CODEC
 from damage import flipped, patched
 from data.audio import read_audio, seconds_of
 from data.recordings import Recording
 from data.segments import AudioCrops
+from system.errors import UserError
 
 SECONDS = 12
 
@@ -253,3 +256,16 @@ def test_crops_for_training_come_from_all_of_an_mp3_without_xing(tmp_path):
     assert data.seconds[0] >= SECONDS
     starts = [float(data.item(np.random.default_rng(n), True)["where"].split()[-2]) for n in range(20)]
     assert max(starts) > 0.75 * SECONDS and torch.is_tensor(data.item(np.random.default_rng(0), True)["wav"])
+
+
+def test_files_are_closed(tmp_path):
+    for name in ("variable.mp3", "vorbis.ogg", "opus.ogg", "x.flac"):
+        (tmp_path / name).write_bytes(KINDS[name])
+        for start in range(1, 11):
+            read_audio(tmp_path / name, 16000, 1, start, 0.1)
+    (tmp_path / "text.mp3").write_text("not music")
+    for _ in range(10):
+        with pytest.raises(UserError):
+            read_audio(tmp_path / "text.mp3", 16000, 1)
+    opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in opened if str(tmp_path) in path]
