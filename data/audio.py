@@ -96,7 +96,7 @@ def seconds_of(path) -> float:
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
-    """Samples within -1 and 1 as 16-bit integers, rounded; libsndfile would truncate them in wav."""
+    """Samples within -1 and 1 as 16-bit integers, rounded: in wav libsndfile cuts their fractions off."""
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 

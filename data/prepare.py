@@ -259,7 +259,7 @@ def prepare_all(todo: list[tuple[Track, list]], folder: Path, shard: Shard, prep
 
 def finish(out: Path, folder: Path, tracks: list[Track], complaints: list[str], settings: dict,
            segment_duration: float) -> int:
-    """Writes index.json, skipped.txt and notes.txt from shards and captions; returns the exit code."""
+    """Writes index.json, skipped.txt and notes.txt from all shards and captions; returns the exit code."""
     done, errors = read_logs(out, settings["n_q"], CURVES)
     index, skipped, notes, short = [], list(complaints), [], []
     for track in tracks:

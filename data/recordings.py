@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-EXACT = ("ALAC_16", "FLOAT", "DOUBLE", "ULAW", "ALAW")     # that libsndfile seeks in exactly, beside PCM
+EXACT = ("ALAC_16", "FLOAT", "DOUBLE", "ULAW", "ALAW")     # beside PCM: libsndfile seeks exactly in them
 UNKNOWN = 2 ** 62       # samples: a length beyond is none
 BLOCK = 2 ** 18         # numbers read at a time
 HEAD = 2 ** 16          # bytes in which the headers of a file are looked for
@@ -57,7 +57,8 @@ class Spliced(io.RawIOBase):
 
     def readinto(self, buffer):
         done = 0
-        if self.ends[-1] < self.size - 128 <= self.at:  # libsndfile looks for a tag at the end
+        if self.ends[-1] < self.size - 128 <= self.at:
+            # libsndfile looks for a tag at the end, and gives up where it cannot read so many bytes
             done = min(len(buffer), self.size - self.at)
             buffer[:done] = bytes(done)
             self.at += done
@@ -115,13 +116,15 @@ BITRATES = {    # kbit/s of (MPEG-1, layer), and of MPEG-2 and 2.5
 }
 LIKE = 0xfffe0c00       # bits of a header that all frames of a recording have alike; so is mono or not
 DECODER_DELAY = 529     # samples, of any mp3 decoder
+MAYBE = re.compile(rb"\xff[\xe0-\xff]|ID3|APETAGEX|TAG")     # what a frame or a tag begins with
 
 
 @functools.lru_cache(4096)
 def frame_of(header: int) -> tuple[int, int, int, int, int] | None:
     """Header of a frame, 32 bits -> (bytes, samples, kind, offset of a Xing tag, bits of the reservoir).
 
-    The last two are 0 in layers I and II, which have neither. None if it is no header.
+    The last two, the second being how many bits say where a frame's data begin in the reservoir, are 0 in
+    layers I and II, which have neither. None if it is no header.
     """
     version, layer = header >> 19 & 3, 4 - (header >> 17 & 3)
     bitrate, rate = header >> 12 & 15, header >> 10 & 3
@@ -185,13 +188,13 @@ class Mp3:
                 self.add(data, at, frame)
                 at, follows = at + frame[0], True
                 continue
-            follows, end = False, after_tag(data, at)
-            if frame and at + frame[0] > len(data) and len(self.starts):
+            if frame and follows:
                 self.cut = True
                 break
+            follows, end = False, after_tag(data, at)
             if end == at:
-                places = [data.find(mark, at + 1) for mark in (b"\xff", b"ID3", b"APETAGEX")]
-                end = min(place for place in (len(data), *places) if place > at)
+                found = MAYBE.search(data, at + 1)
+                end = found.start() if found else len(data)
                 self.lost += end - at if self.starts else 0
             at = end
 
@@ -336,7 +339,7 @@ class Ogg:
             page = int(np.searchsorted(link.pages[:, 1], granule)) - 1
         if page > 0:
             file = Decoder(Spliced(path, [(link.begin, link.sound), (int(link.pages[page, 0]), link.end)]))
-            if start >= length - file.frames:   # the last page's granule counts from the first sample
+            if start >= length - file.frames:       # libsndfile counts from the end here, which is right
                 return file, start - (length - file.frames)
             file.close()
         return Decoder(Spliced(path, [(link.begin, link.end)])), start
@@ -438,8 +441,8 @@ def structure_of(file, path, size: int):
     if file.format == "MP3":
         with mapped(path) as data:
             source = Mp3(data)
-        if len(source.starts) and source.lost < source.sizes.sum():     # it may be in "free format", say
-            return source
+        if len(source.starts) and (source.tags or source.lost < source.sizes.sum()):
+            return source       # else it is in "free format", say
     if file.format == "OGG":
         with mapped(path) as data:
             source = Ogg(data, path)

@@ -25,7 +25,7 @@ SECONDS = 12
 
 
 def music(seconds=SECONDS, rate=44100, channels=1, seed=0):
-    """Samples (L, C) of notes, rests and noise: a variable bit rate goes down to nearly empty frames."""
+    """Samples (L, C) of notes, rests and noise: of a variable bit rate, down to next to nothing."""
     time = np.arange(int(seconds * rate)) / rate
     sounds = np.sin(2 * np.pi * 0.7 * time) > 0
     wave = 0.3 * np.sin(2 * np.pi * 220 * time * (1 + 0.1 * np.floor(time))) * sounds
@@ -211,6 +211,7 @@ DAMAGED = {     # (bytes, seconds that can be read at least)
     "cut.mp3": (half(mp3()), 5.5),
     "cut, no Xing.mp3": (half(without_xing(mp3("CONSTANT"))), 5.9),
     "hole.mp3": (mp3()[:30000] + bytes(3000) + mp3()[33000:], 11),
+    "noise behind.mp3": (mp3() + np.random.default_rng(0).bytes(10 ** 6), 11.9),
     "another rate behind.mp3": (mp3() + mp3(rate=22050), 11.9),
     "cut.ogg": (half(KINDS["vorbis.ogg"]), 4),
     "another rate behind.ogg": (KINDS["vorbis.ogg"] + KINDS["stereo.ogg"], 11.9),
