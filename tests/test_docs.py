@@ -31,7 +31,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 README, PARITY = TEXTS["README.md"], TEXTS["docs/parity.md"]
 RESULTS, TRAINING = TEXTS["docs/results.md"], TEXTS["docs/training.md"]
-PLACEHOLDERS = {"tune.mp3", "song.mp3", "song.txt", "song.json", "song.mp3.txt", "song.mp3.json", "MY_MUSIC", "FOLDER_OF_AUDIO"}
+PLACEHOLDERS = {"tune.mp3", "song.mp3", "song.txt", "song.json", "song.mp3.txt", "song.mp3.json", "MY_MUSIC",
+                "FOLDER_OF_AUDIO"}
 MADE = ("out/", "data/tunes/", "data/prepared", "data/mine", "page")    # by other commands
 RUN_FILES = {"metrics.jsonl", "metadata.jsonl", "metadata.csv", "skipped.txt", "notes.txt", "state_dict.bin",
              "compression_state_dict.bin"}
