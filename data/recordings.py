@@ -391,6 +391,7 @@ class Plain:
 
     def __init__(self, exact: bool, parts=None, claim=None):
         self.exact, self.parts, self.claim = exact, parts, claim    # exact: whether libsndfile seeks exactly
+        self.flac = None        # the path, if it is one
 
     def open(self, path, link: int, start: int):
         file = Decoder(Spliced(path, self.parts) if self.parts else os.fsencode(path))
@@ -404,6 +405,10 @@ class Plain:
         return file, start
 
     def problem(self, rate: int) -> str | None:
+        if self.flac and not self.claim:
+            with mapped(self.flac) as data:
+                if data.find(b"fLaC\0\0\0\x22", 8) > 0:
+                    return "another FLAC file is joined to it, which is left out"
         return self.claim
 
 
@@ -450,6 +455,7 @@ def structure_of(file, path, size: int):
             return source
     exact = soundfile.SoundFile.seekable(file) and (file.subtype.startswith("PCM") or file.subtype in EXACT)
     source = Plain(exact, claim=claim_of(file.extra_info))
+    source.flac = path if file.format == "FLAC" else None
     head = head_of(path)
     if file.format in ("WAV", "WAVEX") and not file.frames and (at := empty_chunk(head, size)):
         # written while it was recorded, and never finished: of the largest size it lasts as long as it is

@@ -219,6 +219,7 @@ DAMAGED = {     # (bytes, seconds that can be read at least)
     "cut.flac": (half(FLAC), 4.5),
     "cut, length unknown.flac": (half(UNSIZED["length unknown.flac"]), 4.5),
     "damaged.flac": (flipped(FLAC, 3 * len(FLAC) // 4), 8),
+    "joined.flac": (FLAC + FLAC, 11.9),
     "cut.wav": (half(PCM), 5.9),
     "joined.wav": (PCM + PCM, 11.9),
     "cut.aiff": (half(KINDS["x.aiff"]), 5.9),
