@@ -297,13 +297,14 @@ def random_codec(**options) -> EncodecModel:
 def coding(whose, dtype, duration, runs):
     """Encoding and decoding by a codec of ours or of a package -> {what: (seconds, peak bytes)}.
 
-    None without the package. In bfloat16 our encoder stays in float32, so that codes do not change.
+    None without the package. In bfloat16 our encoder computes in it, too, which sample.py and prepare do not do.
     """
     codec, kind = random_codec(pad_mode="reflect"), DTYPES[dtype]
     wav, codes = 0.1 * torch.randn(1, 1, duration * 32000), torch.randint(2048, (1, 4, duration * 50))
     if whose == "ours":
         disable_malloc_trim()
-        optimize_codec(codec.fold(), kind)
+        codec.fold().encoder.to(kind)
+        optimize_codec(codec, kind)
         functions = {"encode": lambda: codec.encode(wav), "decode": lambda: codec.decode(codes)}
     elif whose == "transformers":
         with tempfile.TemporaryDirectory() as directory:
