@@ -297,7 +297,7 @@ def random_codec(**options) -> EncodecModel:
 def coding(whose, dtype, duration, runs):
     """Encoding and decoding by a codec of ours or of a package -> {what: (seconds, peak bytes)}.
 
-    None without the package. In bfloat16 our encoder computes in it, too, which sample.py and prepare do not do.
+    None without the package. In bfloat16 our encoder computes in it too, which sample.py and prepare avoid.
     """
     codec, kind = random_codec(pad_mode="reflect"), DTYPES[dtype]
     wav, codes = 0.1 * torch.randn(1, 1, duration * 32000), torch.randint(2048, (1, 4, duration * 50))
