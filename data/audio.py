@@ -21,18 +21,18 @@ LOWEST, HIGHEST = 1000, 400_000     # Hz; beyond is damage or malice: to resampl
 LOUD = 16.0     # no recording of samples within -1 and 1 has peaks beyond; one of 16-bit integers has
 
 
-told = set()    # sentences
+printed = set()     # sentences
 
 
-def tell_once(sentence: str):
+def warn_once(sentence: str):
     """A line on stderr, if it is not one of before."""
-    if sentence not in told:
-        told.add(sentence)
+    if sentence not in printed:
+        printed.add(sentence)
         print(sentence, file=sys.stderr)
 
 
 def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, duration: float | None = None,
-               tell=tell_once):
+               tell=warn_once):
     """Any file that soundfile reads -> wave (C, L), float32, at sample_rate. start and duration in seconds.
 
     The file is read block by block, so a header that lies about its length costs nothing. Pieces read one

@@ -48,7 +48,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
 from chroma import ChromaExtractor
 from config import Config, load
-from data.audio import LOUD, read_audio, tell_once
+from data.audio import LOUD, read_audio, warn_once
 from data.captions import Track, parse_object, read_text, scan
 from data.shards import Shard, read_logs
 from data.stems import pick_stem, separate
@@ -82,7 +82,7 @@ class Block(NamedTuple):
 
 
 def blocks(path: Path, sample_rate: int, channels: int, context: int, block: int = BLOCK,
-           tell=tell_once):
+           tell=warn_once):
     """Yields the blocks of a recording, `block` samples each, with up to `context` more on each side.
 
     tell: is given a sentence if the recording ends before it should.

@@ -324,7 +324,7 @@ class Ogg:
             self.like = like
             self.links.append(link)
             self.lengths.append(frames)
-        self.left_out = len(links) - len(self.links)
+        self.other_kinds = len(links) - len(self.links)
 
     def open(self, path, n: int, start: int):
         link, length = self.links[n], self.lengths[n]
@@ -345,8 +345,8 @@ class Ogg:
         return Decoder(Spliced(path, [(link.begin, link.end)])), start
 
     def problem(self, rate: int) -> str | None:
-        if self.left_out:
-            return f"{self.left_out} of the files that it is joined of are of another kind"
+        if self.other_kinds:
+            return f"{self.other_kinds} of the files that it is joined of are of another kind"
         if not self.links[-1].complete:
             return "its last page is missing"
         return None
