@@ -166,32 +166,33 @@ def trace(on):
     threading.setprofile(enter if on else None)
     sys.setprofile(enter if on else None)
 """
-UPDATE = TRACE + """
+MEASURED = TRACE + """
+import torch
+torch.set_num_threads(1)
 import train
 from config import load
+from data.audio import read_audio
+from sample import MusicGen
 class Stop:                   # asked once an update
     updates = 0
     def __bool__(self):
         self.updates += 1
         trace(self.updates == 2)
-        return self.updates == 3
-train.train(load(sys.argv[1:]), False, Stop())
+        return False
+train.train(load(sys.argv[2:]), False, Stop())
 trace(False)
-print(json.dumps(sorted(entered)))
-"""
-SAMPLE = TRACE + """
-import torch
-from sample import MusicGen
-from data.audio import read_audio
+update, entered = entered, set()
+lines = [json.loads(line) for line in Path(sys.argv[1], "metrics.jsonl").read_text().splitlines()]
+losses = [line["loss"] for line in lines if line["split"] == "train"]
 model = MusicGen.from_pretrained("checkpoints/tiny", "cpu")
+codes = model.generate_codes(["a slow flute tune"], duration=1.0, temperature=0)
 melody = read_audio("assets/ode_to_joy.wav", model.sample_rate, 1)
-torch.manual_seed(0)
 trace(True)
-wav = model.generate(["a slow flute tune"], [melody], duration=0.2)
+model.generate(["a slow flute tune"], [melody], duration=0.2)
 trace(False)
-print(json.dumps(sorted(entered)))
+print(json.dumps([sorted(update), sorted(entered), losses, codes.tolist()]))
 """
-RUN = flags(TRAIN, updates_per_epoch=3, save_every=0, log_every=10)
+RUN = flags(TRAIN, updates_per_epoch=6, save_every=0, log_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -205,54 +206,35 @@ def bare(tmp_path_factory):
     return folder / "project"
 
 
-def run(code: str, folder: Path, *argv) -> list[str]:
-    """What the last line of a program's output lists."""
-    command = [sys.executable, "-c", code, *map(str, argv)]
+def measured(folder: Path, world, out: Path) -> list:
+    """Files that an update and a sample enter, losses of six updates, greedy codes of the shipped model."""
+    data = [f"--codec={world / 'codec'}", f"--data_dir={world / 'tokens'}", f"--out_dir={out}"]
+    command = [sys.executable, "-c", MEASURED, str(out), *RUN, *data]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_an_update_enters_six_files(bare, world, tmp_path):
-    argv = [*RUN, f"--codec={world / 'codec'}", f"--data_dir={world / 'tokens'}", f"--out_dir={tmp_path}"]
-    entered = run(UPDATE, bare, *argv)
+@pytest.fixture(scope="module")
+def bare_figures(bare, world, tmp_path_factory):
+    return measured(bare, world, tmp_path_factory.mktemp("bare_run") / "out")
+
+
+def test_an_update_enters_six_files(bare_figures):
+    entered = bare_figures[0]
     assert {"train.py", "data/segments.py", "conditioners.py", "lm.py", "patterns.py"} <= set(entered)
     assert len(entered) <= 6, entered
 
 
-def test_a_sample_enters_nine_files(bare):
-    entered = run(SAMPLE, bare)
+def test_a_sample_enters_nine_files(bare_figures):
+    entered = bare_figures[1]
     stages = "sample conditioners chroma lm patterns encodec rvq".split()
     assert {f"{stage}.py" for stage in stages} <= set(entered)
     assert len(entered) <= 9, entered
 
 
-# --- what can be deleted ------------------------------------------------------------------------------------
-
-NUMBERS = """
-import json, sys, torch
-sys.path.insert(0, ".")
-torch.set_num_threads(1)
-from pathlib import Path
-import train
-from config import load
-from sample import MusicGen
-train.train(load(sys.argv[2:]))
-lines = [json.loads(line) for line in Path(sys.argv[1], "metrics.jsonl").read_text().splitlines()]
-losses = [line["loss"] for line in lines if line["split"] == "train"]
-model = MusicGen.from_pretrained("checkpoints/tiny", "cpu")
-codes = model.generate_codes(["a slow flute tune"], duration=1.0, temperature=0)
-print(json.dumps([losses, codes.tolist()]))
-"""
-
-
-def test_without_the_optional_folders_the_numbers_are_the_same(bare, world, tmp_path):
+def test_without_the_optional_folders_the_numbers_are_the_same(bare, bare_figures, world, tmp_path):
     assert not any((bare / name).exists() for name in [*OPTIONAL, "training/codec.py"])
-    results = []
-    for folder in (ROOT, bare):
-        out = tmp_path / folder.name
-        data = [f"--codec={world / 'codec'}", f"--data_dir={world / 'tokens'}", f"--out_dir={out}"]
-        results.append(run(NUMBERS, folder, out, *RUN, "--log_every=1", *data))
-    (losses, codes), (bare_losses, bare_codes) = results
-    assert len(losses) == 3 and losses == pytest.approx(bare_losses, rel=1e-5)
-    assert codes == bare_codes
+    _, _, losses, codes = measured(ROOT, world, tmp_path / "out")
+    assert len(losses) == 2 and losses == pytest.approx(bare_figures[2], rel=1e-5)
+    assert codes == bare_figures[3]
