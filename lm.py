@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import patterns
-from checkpoints.files import load_strict, open_checkpoint
+from checkpoints.files import load_strict, open_checkpoint, shapes_only
 from checkpoints.lm_formats import read_config, read_tensors_for, write_lm
 from conditioners import Conditioners, Conditions, padding_last
 from config import Config, load
@@ -338,7 +338,7 @@ class LMModel(nn.Module):
         """
         directory = open_checkpoint(name_or_dir)
         config, origin = read_config(directory)
-        with torch.device("meta"):              # shapes only: tensors are assigned as they are read
+        with shapes_only():
             lm = cls(config)
         if prepare is not None:
             prepare(lm, dtype)
@@ -434,7 +434,7 @@ def demo():
     torch.manual_seed(0)
     print("parameters of the paper's models (language model with its projections; made without memory):")
     for name in ("config/melody.py", "config/text.py"):
-        with torch.device("meta"):
+        with shapes_only():
             lm = LMModel(load([str(Path(__file__).parent / name)]))
         print(f"  {name:18} {sum(p.numel() for p in lm.parameters()) / 1e9:.2f} B")
 

@@ -53,6 +53,8 @@ class MusicGen:
         self.lm, self.codec = lm.eval(), codec.eval()
         self.config = config = lm.config
         self.sample_rate, self.frame_rate = codec.sample_rate, codec.frame_rate
+        self.chroma_rate = codec.sample_rate / config.hop       # chroma frames/s
+        self.chroma_frames = config.chroma_frames               # M of a window
         self.codec_device = device_of(codec)
         streams = max(1, config.channels // codec.channels)     # 2 of a mono codec, interleaved, for stereo
         K = config.n_q // streams
@@ -234,12 +236,11 @@ class MusicGen:
 
     def window_conditions(self, descriptions, chromas, start):
         """Conditions of the window from frame `start` on: the texts, and the melodies from there on."""
-        first = round(start * self.config.stride / self.config.hop)         # chroma frame
-        M = self.config.chroma_frames
+        first = round(start * self.chroma_rate / self.frame_rate)           # chroma frame
         parts = []
         for chroma in chromas:
             if chroma is not None:
-                chroma = match_length(chroma[None], M, first)[0]
+                chroma = match_length(chroma[None], self.chroma_frames, first)[0]
             parts.append(chroma)
         return {"text": descriptions, "melody": parts}
 

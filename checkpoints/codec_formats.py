@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from checkpoints.files import (
-    is_audiocraft, load_strict, look_up, open_checkpoint, read_audiocraft, read_tensors, write_tensors)
+    is_audiocraft, load_strict, look_up, open_checkpoint, read_audiocraft, read_tensors, shapes_only,
+    write_tensors)
 from config import Config
 from system.errors import UserError, as_user_error
 from system.files import read_json, write_atomic
@@ -91,7 +92,7 @@ def load_codec(model_class, name, bandwidth=None, n_q=None, dtype=torch.float32)
             raise UserError(f"{name}: {n_q} codebooks asked for (n_q or bandwidth), this codec has 1 to {K} "
                             f"codebooks of {codebook_bandwidth(config):g} kb/s")
         config = dataclasses.replace(config, n_q=n_q)
-    with torch.device("meta"):      # shapes only: memory is taken by the tensors that were read
+    with shapes_only():
         model = model_class(config)
     our_names = {foreign_name(ours, origin): ours for ours in model.state_dict()}
     unused = tuple(foreign_name(f"quantizer.codebooks.{k}.", origin) for k in range(config.n_q, K))

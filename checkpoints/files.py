@@ -6,10 +6,12 @@ A checkpoint is a directory with config.json and model.safetensors; those of oth
 .bin. How transformers' and audiocraft's formats differ from ours: codec_formats.py and lm_formats.py.
 """
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from system.errors import UserError, as_user_error
 from system.files import read_json, write_atomic
@@ -27,6 +29,31 @@ def current_name(name: str) -> str:
     for former, current in FORMER_NAMES:
         name = re.sub(former, current, name)
     return name
+
+
+@contextmanager
+def shapes_only():
+    """Modules that are made inside have shapes and no numbers: tensors are assigned as they are read."""
+    with torch.device("meta"), NoInitialNumbers():
+        yield
+
+
+class NoInitialNumbers(TorchFunctionMode):
+    """Leaves out what draws and measures initial weights.
+
+    Where there are no numbers, torch does these in Python, and imports its compiler first: 0.7 s.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is nn.init.normal_:
+            return kwargs["tensor"] if kwargs else args[0]
+        if function is torch.randn:
+            return torch.empty(*args, **kwargs)
+        if function is torch.norm_except_dim:       # of weight norm: lengths of the rows of one dimension
+            weight, _, dim = args
+            return weight.new_empty([n if i == dim else 1 for i, n in enumerate(weight.shape)])
+        return function(*args, **kwargs)
 
 
 def open_checkpoint(name) -> Path:

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoints.files import shapes_only
+from checkpoints.small_t5 import SmallT5
+from checkpoints.t5 import SMALL_T5, small_t5
 from conditioners import Conditioners, Conditions, T5Conditioner, null_melody, padding_last
 from config import Config
 from lm import LMModel
@@ -137,6 +140,28 @@ def test_small_t5s_read_as_the_tokenizer_that_is_exported_with_them(options):
     with torch.no_grad():
         a, b, c = (text([words]).values for words in ("jazz 104", "rock 104", "jazz flute"))
     assert torch.equal(a, b) == (options["t5"] == "words") and a.shape != c.shape or not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("t5", SMALL_T5)
+def test_a_small_t5_that_is_read_computes_what_that_of_transformers_does(t5):
+    config = dataclasses.replace(TINY, t5=t5, t5_words="slow flute drums 104", t5_layers=3)
+    torch.manual_seed(0)
+    trained = small_t5(config).eval()
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    with shapes_only():
+        read = small_t5(config).eval()
+    assert type(read) is SmallT5 and type(trained) is not SmallT5
+    assert list(read.state_dict()) == list(trained.state_dict())
+    read.load_state_dict(trained.state_dict(), assign=True)
+    ids = torch.randint(3, 7, (3, 300))     # longer than the distances that have a bias of their own
+    mask = torch.ones_like(ids)
+    mask[1, 40:] = mask[2, 1:] = 0
+    with torch.no_grad():
+        expected = trained(input_ids=ids, attention_mask=mask).last_hidden_state
+        given = read(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(given[mask > 0], expected[mask > 0], atol=1e-4, rtol=1e-4)
+    assert read.config.to_dict() == trained.config.to_dict()
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@
 """
 import json
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 
 from commands import command, refused, sample_main, sampling, worked
 from config import Config
-from constants import CODEC, LM, RATE
+from constants import CODEC, LM, RATE, ROOT
 from data.audio import read_audio, write_audio
 from encodec import EncodecModel
 from lm import LMModel
@@ -336,3 +338,22 @@ def test_mistakes_end_in_one_sentence(world, tmp_path, argv, named):
     (tmp_path / "bad.npz").write_bytes(b"not what it seems")
     refused(sampling(world, *argv.split(), cwd=tmp_path), named)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"], "nothing is left behind"
+
+
+# --- start ------------------------------------------------------------------------------------------------
+
+IMPORTS = """
+import sys
+sys.path.insert(0, ".")
+from sample import MusicGen
+import sampling.command
+MusicGen.from_pretrained("checkpoints/tiny", "cpu").generate(["a slow flute tune"], duration=0.1)
+slow = "transformers", "torch._dynamo", "sympy", "scipy"
+print(*[name for name in slow if name in sys.modules])
+"""
+
+
+def test_the_shipped_model_is_loaded_and_plays_without_slow_imports():
+    run = [sys.executable, "-c", IMPORTS]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
