@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import resource
+import runpy
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from transformers import AutoTokenizer, T5EncoderModel  # noqa: F401
 
 import encodec
 import train
+from constants import ROOT
 from data import prepare
 from encodec import EncodecModel
 from lm import LMModel
@@ -108,20 +110,26 @@ def own_streams():
 
 @contextlib.contextmanager
 def limits(seconds: int, memory: int):
-    """Inside, no more time and no more memory than this are to be had."""
+    """Inside, no more than so many seconds of processor time and bytes of memory are to be had.
+
+    By the clock ten times as long: a busy machine is slow, but what waits for ever must end.
+    """
     def stop(number, frame):
         raise TimeoutError(f"took longer than {seconds} s")
-    numbers = signal.SIGALRM, signal.SIGINT, signal.SIGTERM
+    numbers = signal.SIGALRM, signal.SIGPROF, signal.SIGINT, signal.SIGTERM
     handlers = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGPROF, stop)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + memory, hard))
-    signal.alarm(seconds)
+    signal.alarm(10 * seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -184,10 +192,50 @@ def forked(main, *argv, **options) -> Result:
     with pipe() as (out, to_out), pipe() as (err, to_err):  # no files: their size may be limited
         begun = time.monotonic()
         pid = start(main, *argv, out=to_out, err=to_err, **options)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = exit_code(pid)
         to_out.close(), to_err.close()
         texts = [file.read().decode("utf-8", "backslashreplace") for file in (out, err)]
         return Result(code, *texts, time.monotonic() - begun)
+
+
+def exit_code(pid: int) -> int:
+    """Waits for the end of a process -> its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def wait_until_written(path: Path, pid: int):
+    """Waits until a process has written something into a file. Raises AssertionError if it ends before."""
+    while not (path.exists() and path.stat().st_size):
+        assert os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, f"{path}: not written"
+        time.sleep(0.002)
+
+
+def killed_at(moment: int, folder):
+    """For `before`: SIGKILL as a process touches (opens, renames, removes) files in a folder for that time.
+
+    What is on the disk changes at these moments alone, so that all of them are all that a kill can leave.
+    """
+    def before():
+        touched = 0
+
+        def touch(event, arguments):
+            nonlocal touched
+            if event in ("open", "os.rename", "os.remove") and str(arguments[0]).startswith(f"{folder}/"):
+                touched += 1
+                if touched == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(touch)
+    return before
+
+
+def afresh(argv):
+    """Runs a file in the current folder as `python path` does, but for packages, which are loaded already."""
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(f"{ROOT}/"):
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if not Path(entry).resolve().is_relative_to(ROOT)]
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def two_of(main, *argv, err) -> list[int]:

@@ -15,7 +15,7 @@ from lm import LMModel
 from sample import MusicGen
 from sampling.takes import write_codes
 from train import train
-from training_runs import ADVERSARIAL, run_all_on_two_processes, settings, write_data
+from training_runs import ADVERSARIAL, all_runs, begun_on_two_processes, settings, write_data
 
 
 def make_world(root: Path) -> Path:
@@ -88,7 +88,20 @@ def codec_run(training_data, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session", autouse=True)
+def two_processes_begun(request, tmp_path_factory):
+    """The runs on two processes begin before the first test, if a test is to need them, and go on beside it."""
+    if not any("two_processes" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    data, root = request.getfixturevalue("training_data"), tmp_path_factory.mktemp("two")
+    with begun_on_two_processes(all_runs(data, root), root / "log") as runs:
+        yield root, runs
+
+
 @pytest.fixture(scope="session")
-def two_processes(training_data, tmp_path_factory):
+def two_processes(two_processes_begun):
     """A folder with a run of each name in TWO_PROCESSES, IN_HALF and RESUMED, and one of the codec."""
-    return run_all_on_two_processes(training_data, tmp_path_factory.mktemp("two"))
+    root, runs = two_processes_begun
+    assert runs.wait() == 0, (root / "log").read_text()[-3000:]
+    return root

@@ -2,15 +2,12 @@
 
     python -m pytest tests/test_exercises.py
 """
-import runpy
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from commands import forked
+from commands import afresh, forked
 from constants import ROOT
 
 MISSING = {     # exercise -> what the check misses in the code as it is
@@ -23,16 +20,6 @@ MISSING = {     # exercise -> what the check misses in the code as it is
 }
 EXERCISES = ROOT / "tests" / "exercises"
 FOLDERS = "checkpoints config data evaluation sampling speed system training".split()
-MODULES = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
-
-
-def solve(argv):
-    """Runs a check as `python path` does, but for torch, which this child of the tests has loaded already."""
-    for name in list(sys.modules):
-        if name.partition(".")[0] in MODULES:
-            del sys.modules[name]
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
-    runpy.run_path(argv[0], run_name="__main__")
 
 
 @pytest.fixture()
@@ -55,7 +42,7 @@ def test_there_are_six():
 @pytest.mark.parametrize("name", MISSING)
 def test_exercise(copy, name):
     check, patch = copy / "tests" / "exercises" / f"{name}.py", EXERCISES / f"{name}.patch"
-    unsolved = forked(solve, check, cwd=copy)
+    unsolved = forked(afresh, check, cwd=copy)
     assert unsolved.code != 0 and "solved" not in unsolved.out and MISSING[name] in unsolved.err, unsolved
     lines = patch.read_text().splitlines()
     changed = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
@@ -63,5 +50,5 @@ def test_exercise(copy, name):
     # a patch that no longer fits is made anew by hand: the code it changes has moved
     environment = {"GIT_CEILING_DIRECTORIES": str(copy.parent), "PATH": "/usr/bin:/bin"}
     subprocess.run(["git", "apply", patch], cwd=copy, check=True, env=environment)
-    solved = forked(solve, check, cwd=copy)
+    solved = forked(afresh, check, cwd=copy)
     assert solved.code == 0 and "solved" in solved.out, solved

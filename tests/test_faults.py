@@ -1,7 +1,7 @@
 """Faults: kills, full disks, Ctrl-C, lost processes. Files are whole or not there; what was finished stays.
 
     python -m pytest tests/test_faults.py               # a few kills of each kind
-    python -m pytest -m slow tests/test_faults.py       # more than fifty, 200 generations, 1,000 recordings:
+    python -m pytest -m slow tests/test_faults.py       # at every moment, 200 generations, 1,000 recordings:
                                                         # 5 minutes
 """
 import contextlib
@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from safetensors.torch import load_file
 import config
 import sample
 import system.files
-from commands import (command, forked, preparing, refused, sample_main, sampling, snapshot, start, text_of,
-                      train_main, two_of, worked)
+from commands import (command, exit_code, forked, killed_at, preparing, refused, sample_main, sampling,
+                      snapshot, start, text_of, train_main, two_of, wait_until_written, worked)
 from constants import RATE, ROOT, TRAIN, TRAIN_CODEC, flags, tone
 from data import audio, prepare
 from encodec import EncodecModel
@@ -216,101 +215,72 @@ def test_a_read_only_disk(world, tmp_path):
         worked(preparing(world, disk / "audio", tmp_path / "out"))  # only reading needs no more than that
 
 
-# --- SIGKILL at random moments ----------------------------------------------------------------------------
+# --- SIGKILL at any moment --------------------------------------------------------------------------------
 
-def kill_until(kills: int, begin, longest: float, check, finished):
-    """Starts a command again and again, killing it at random moments, until it was killed so often.
+def kill_until_done(step: int, begin, check):
+    """Starts a command again and again, killing it ever later, until one comes to its end.
 
-    check() is called after each, finished() after one that came to its end before it was killed.
+    begin(before) starts it, check() is called after each. With a step of 1 every moment has its turn.
     """
-    rng, killed = np.random.default_rng(kills), 0
-    while killed < kills:
-        pid = begin()
-        time.sleep(rng.uniform(0.01, longest))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert code in (0, -signal.SIGKILL)
+    for killed in range(10 ** 6):
+        code = exit_code(begin(1 + killed * step))
         check()
         if code == 0:
-            finished()
-        else:
-            killed += 1
-        with pytest.raises(ProcessLookupError):
-            os.killpg(pid, 0)  # nobody is left of its group
+            break
+        assert code == -signal.SIGKILL
+    assert killed > 1
 
 
-def kill_training(world, tmp_path, kills, task):
+def kill_training(world, tmp_path, step, task):
     argv = [*training(world, task), "--updates_per_epoch=6", "--sample_every=3"]
     reference, out = tmp_path / "reference", tmp_path / "run"
-    first = forked(train_main, *argv, f"--out_dir={reference}")
-    worked(first)
+    worked(forked(train_main, *argv, f"--out_dir={reference}"))
 
-    def begin():
-        return start(train_main, *argv, f"--out_dir={out}", "--resume")
-
-    def check():
-        if out.exists():
-            check_whole(out)
-
-    def finished():
-        same_run(reference, out)
-        shutil.rmtree(out)
-    kill_until(kills, begin, first.seconds, check, finished)
-    worked(forked(train_main, *argv, f"--out_dir={out}", "--resume"))
+    def begin(moment):
+        return start(train_main, *argv, f"--out_dir={out}", "--resume", before=killed_at(moment, out))
+    kill_until_done(step, begin, lambda: check_whole(tmp_path))
     same_run(reference, out)
     assert not leftovers(out)
 
 
-def kill_preparing(world, tmp_path, kills):
+def kill_preparing(world, tmp_path, step):
     out = tmp_path / "out"
-    first = preparing(world, world / "audio", out, run=forked)
-    worked(first)
-    shutil.rmtree(out)
 
-    def begin():
-        return preparing(world, world / "audio", out, run=start)
-
-    def finished():
-        same_data(world / "tokens", out)
-        shutil.rmtree(out)
-    kill_until(kills, begin, first.seconds, lambda: check_whole(tmp_path), finished)
-    worked(preparing(world, world / "audio", out, run=forked))
+    def begin(moment):
+        return preparing(world, world / "audio", out, run=start, before=killed_at(moment, out))
+    kill_until_done(step, begin, lambda: check_whole(tmp_path))
     same_data(world / "tokens", out)
 
 
-def kill_sampling(world, tmp_path, kills):
-    out, seed = tmp_path / "out", iter(range(10 ** 6))
+def kill_sampling(world, tmp_path, step):
     argv = ["--device", "cpu", "--checkpoint", world / "lm", "--text", "a", "--text", "b", "--text", "c",
-            "--duration", "0.3", "--out", out / "x.flac", "--save_codes", "--overwrite"]
-    first = forked(sample_main, *argv)
-    worked(first)
+            "--duration", "0.3", "--out", tmp_path / "x.flac", "--save_codes", "--overwrite"]
 
-    def begin():
-        return start(sample_main, *argv, "--seed", next(seed))
-    kill_until(kills, begin, first.seconds, lambda: check_whole(out), lambda: None)
-    assert len([path for path in out.iterdir() if not path.name.startswith(".writing-")]) == 9
+    def begin(moment):
+        return start(sample_main, *argv, "--seed", moment, before=killed_at(moment, tmp_path))
+    kill_until_done(step, begin, lambda: check_whole(tmp_path))
+    assert len([path for path in tmp_path.iterdir() if not path.name.startswith(".writing-")]) == 9
 
 
-KILLS = {  # what is killed: how, a few times, many times
-    "lm": (partial(kill_training, task="lm"), 2, 16),
-    "codec": (partial(kill_training, task="codec"), 2, 16),
-    "prepare": (kill_preparing, 1, 14),
-    "sample": (kill_sampling, 1, 14),
+KILLS = {  # what is killed: how, at every n-th moment in the quick tests
+    "lm": (partial(kill_training, task="lm"), 20),
+    "codec": (partial(kill_training, task="codec"), 20),
+    "prepare": (kill_preparing, 10),
+    "sample": (kill_sampling, 10),
 }
 
 
-def test_a_few_kills(world, tmp_path):
-    for what, (kill, few, _) in KILLS.items():
-        (tmp_path / what).mkdir()
-        kill(world, tmp_path / what, few)
+@pytest.mark.parametrize("what", KILLS)
+def test_a_few_kills(world, tmp_path, what):
+    kill, step = KILLS[what]
+    kill(world, tmp_path, step)
 
 
 @pytest.mark.slow  # a minute
 @pytest.mark.parametrize("what", KILLS)
-def test_many_kills(world, tmp_path, what):
-    kill, _, many = KILLS[what]
-    kill(world, tmp_path, many)
+def test_kills_at_every_moment(world, tmp_path, what):
+    kill, _ = KILLS[what]
+    kill(world, tmp_path, 1)
 
 
 def test_what_was_being_written_when_a_run_was_killed_is_gone_when_it_goes_on(world, tmp_path):
@@ -332,14 +302,10 @@ def test_when_one_of_two_is_killed_the_other_ends_and_says_why(world, tmp_path, 
     argv = [*training(world, "lm"), f"--out_dir={out}", "--updates_per_epoch=1000000"]
     with open(tmp_path / "0", "w+b") as zero, open(tmp_path / "1", "w+b") as one:
         pids = two_of(train_main, *argv, err=(zero, one))
-        deadline = time.monotonic() + 60
-        while not (out / "state.safetensors").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until_written(out / "state.safetensors", pids[0])
         os.kill(pids[lost], signal.SIGKILL)
-        begun = time.monotonic()
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        codes = [exit_code(pid) for pid in pids]
         sentence = text_of((one, zero)[lost])
-    assert time.monotonic() - begun < 60
     assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 2, sentence
     assert "another process" in sentence and "--resume" in sentence and "Traceback" not in sentence
     check_whole(out)
@@ -404,10 +370,9 @@ def test_ctrl_c_ends_training_with_a_checkpoint(world, tmp_path, task):
     argv = [*training(world, task), f"--out_dir={out}", "--updates_per_epoch=1000000", "--save_every=0"]
     with open(tmp_path / "err", "w+b") as err:
         pid = start(train_main, *argv, err=err)
-        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
-            time.sleep(0.02)
+        wait_until_written(out / "metrics.jsonl", pid)
         os.kill(pid, signal.SIGINT)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+        assert exit_code(pid) == 130
         assert f"--resume goes on from {out}" in text_of(err).splitlines()[-1]
     check_whole(out)
     done = read_metrics(out)[-1]["update"]

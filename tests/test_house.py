@@ -7,13 +7,12 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 import tokenize
 from pathlib import Path
 
 import pytest
 
+from commands import Result, afresh, forked, worked
 from constants import ROOT, TRAIN, flags
 
 STAGES = "patterns rvq encodec chroma conditioners lm train sample config".split()
@@ -145,9 +144,17 @@ assert all(len(several) == 1 for several in names.values()), names
 """
 
 
-def test_one_name_is_one_module():
+def run_afresh(program: str, folder: Path, path: Path, *argv) -> Result:
+    """Runs a program, put into a file at `path`, in a folder with a copy of the project."""
+    path.write_text(program)
+    result = forked(afresh, path, *argv, cwd=folder)
+    worked(result)
+    return result
+
+
+def test_one_name_is_one_module(tmp_path):
     """No module is imported under two names: a second copy would have classes and caches of its own."""
-    subprocess.run([sys.executable, "-c", ONE_NAME], check=True, cwd=ROOT)
+    run_afresh(ONE_NAME, ROOT, tmp_path / "one_name.py")
 
 
 # --- short ways: which files an update and a sample enter ---------------------------------------------------
@@ -209,10 +216,8 @@ def bare(tmp_path_factory):
 def measured(folder: Path, world, out: Path) -> list:
     """Files that an update and a sample enter, losses of six updates, greedy codes of the shipped model."""
     data = [f"--codec={world / 'codec'}", f"--data_dir={world / 'tokens'}", f"--out_dir={out}"]
-    command = [sys.executable, "-c", MEASURED, str(out), *RUN, *data]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    done = run_afresh(MEASURED, folder, out.parent / "measured.py", out, *RUN, *data)
+    return json.loads(done.out.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Interrupted runs: stopped, killed at random moments, damaged. --resume loses nothing, bit for bit.
+"""Interrupted runs: stopped, killed, damaged. --resume loses nothing, bit for bit.
 
     python -m pytest tests/test_resume.py
     python -m pytest -m slow tests/test_resume.py       # on real music, by torchrun: 15 minutes
@@ -19,13 +19,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from commands import call, start, train_main
+from commands import call, exit_code, killed_at, start, train_main, wait_until_written
 from config import Config
 from constants import ROOT, flags
 from system.errors import UserError
 from train import train
 from training_runs import (ADVERSARIAL, ENV, RESUMED, SHARDS, TORCHRUN, assert_identical, lines, losses,
-                           settings, state, stop_at, weights)
+                           settings, stop_at, weights)
 
 
 # --- stopped, killed --------------------------------------------------------------------------------------
@@ -42,44 +42,30 @@ def until_the_end(argv):
     os._exit(call(train_main, argv))
 
 
-def in_a_fork(config: Config, seconds=None, signals=(signal.SIGKILL,)) -> int:
-    """Trains in a copy of this process and signals it some seconds after its next line of metrics: a moment
-    counted from its start would be before the first update on one machine and after the last on another.
-    """
-    metrics = Path(config.out_dir) / "metrics.jsonl"
-
-    def updates_done():
-        return metrics.read_text().count('"train"') if metrics.exists() else 0
-    done_before = updates_done()
-    child = start(until_the_end, *flags(dataclasses.asdict(config)), "--resume")
-    if seconds is not None:
-        until = time.monotonic() + 60
-        while updates_done() <= done_before and time.monotonic() < until:
-            time.sleep(0.002)
-        time.sleep(seconds)
-        for number in signals:
-            os.kill(child, number)
-            time.sleep(0.003)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def begin(config: Config, **options) -> int:
+    """Trains in a copy of this process -> its pid."""
+    return start(until_the_end, *flags(dataclasses.asdict(config)), "--resume", **options)
 
 
-def kill_often(config: Config, reference, kills: int):
-    """SIGKILL at random moments, --resume each time: nothing may be lost."""
-    rng, killed = np.random.default_rng(7), 0
-    for _ in range(kills):
-        killed += in_a_fork(config, rng.uniform(0.0, 0.04)) == -signal.SIGKILL
-    assert in_a_fork(config) == 0 and killed > kills / 3
+def kill_often(config: Config, reference):
+    """SIGKILL ever later in the run, --resume each time: nothing may be lost."""
+    for killed in range(100):
+        code = exit_code(begin(config, before=killed_at(23 + 10 * killed, config.out_dir)))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert killed > 2
     assert_identical(config.out_dir, reference)
     assert not list(Path(config.out_dir).glob(".writing-*"))
 
 
 def test_lm_run_killed_and_resumed_is_bit_identical(lm_run, training_data, tmp_path):
-    kill_often(Config(**settings(training_data, tmp_path / "out", "lm", save_every=1)), lm_run, 5)
+    kill_often(Config(**settings(training_data, tmp_path / "out", "lm", save_every=1)), lm_run)
 
 
 def test_codec_run_killed_and_resumed_is_bit_identical(codec_run, training_data, tmp_path):
     changes = dict(ADVERSARIAL, sample_every=20, save_every=1)
-    kill_often(Config(**settings(training_data, tmp_path / "out", "codec", **changes)), codec_run, 5)
+    kill_often(Config(**settings(training_data, tmp_path / "out", "codec", **changes)), codec_run)
 
 
 def test_a_run_killed_before_its_last_weights_were_written_is_completed(codec_run, training_data, tmp_path):
@@ -101,7 +87,12 @@ def test_a_run_killed_before_its_last_weights_were_written_is_completed(codec_ru
 def test_ctrl_c_writes_a_checkpoint_and_ends(training_data, tmp_path, signals):
     """Under torchrun the terminal's SIGINT is followed by torchrun's own SIGTERM."""
     config = Config(**settings(training_data, tmp_path / "out", "lm", epochs=1000, save_every=0))
-    assert in_a_fork(config, 0.1, signals) == 130
+    child = begin(config)
+    wait_until_written(tmp_path / "out" / "metrics.jsonl", child)
+    for number in signals:
+        os.kill(child, number)
+        time.sleep(0.003)
+    assert exit_code(child) == 130
     done = len(losses(config.out_dir))
     with safe_open(tmp_path / "out" / "state.safetensors", "pt") as file:
         assert json.loads(file.metadata()["info"])["update"] == done > 0
