@@ -565,7 +565,8 @@ for directory in sys.argv[1:]:
         Path("/proc/self/clear_refs").write_text("5")     # the peak from here on
         before = memory("VmRSS")
         lm = LMModel.from_pretrained(directory, dtype)
-        print((memory("VmHWM") - before) / sum(t.nbytes for t in lm.state_dict().values()))
+        weights = sum(t.nbytes for t in lm.state_dict().values())
+        print((memory("VmHWM") - before - weights) / 1e6)
         del lm
 """
 
@@ -597,16 +598,16 @@ def full_size(directory, text=(), codec=(), **decoder):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(),
                     reason="Linux alone tells the peak of a part of a program")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    """At its peak, over the weights of the model that is loaded; 60 M of them, in files of float16."""
+    """At its peak, over the weights of the model that is loaded; 27 M of them, in files of float16."""
     names = ["transformers", "bin", "audiocraft", "ours"]
     source, as_bin, audiocraft, own = (tmp_path / name for name in names)
-    full_size(source, dict(d_model=64, num_layers=2), dict(num_filters=4), hidden_size=768,
-              num_hidden_layers=6, num_attention_heads=12, ffn_dim=3072)
+    full_size(source, dict(d_model=64, num_layers=2), dict(num_filters=4), hidden_size=512,
+              num_hidden_layers=6, num_attention_heads=8, ffn_dim=2048)
     as_bin.mkdir()
     torch.save(load_file(source / "model.safetensors"), as_bin / "pytorch_model.bin")
     (as_bin / "config.json").write_bytes((source / "config.json").read_bytes())
     sizes = "dim: {}, num_heads: {}, num_layers: {}, hidden_scale: {}, n_q: 4, card: {}"
-    there, instead = sizes.format(32, 4, 2, 3, 32), sizes.format(768, 12, 6, 4, 2048)
+    there, instead = sizes.format(32, 4, 2, 3, 32), sizes.format(512, 8, 6, 4, 2048)
     assert there in XP
     write_as_audiocraft(audiocraft, source, XP.replace(there, instead))
     LMModel.from_pretrained(source).save(own)
@@ -615,8 +616,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     argv = [sys.executable, "-c", MEMORY, *(str(tmp_path / name) for name in names)]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
     cases = [(name, dtype) for name in names for dtype in ("as it is", "float32")]
-    shares = dict(zip(cases, map(float, done.stdout.split()), strict=True))
-    assert max(shares.values()) < 1.4, shares     # a second copy would make it 1.5 or 2
+    more = dict(zip(cases, map(float, done.stdout.split()), strict=True))
+    assert max(more.values()) < 40, more    # MB; a second copy would make it 55 or more
 
 
 SAMPLE = """
