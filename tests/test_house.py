@@ -39,13 +39,18 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
 def code_tokens(source: str) -> tuple[int, int]:
-    """Names, operators, numbers and strings outside docstrings, and the lines that have any."""
-    count, lines = 0, set()
+    """Names, operators, numbers and strings outside docstrings, and the lines that have any.
+
+    An f-string is one token, as it was before Python 3.12, which takes it apart.
+    """
+    count, lines, inside = 0, set(), 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        docstring = token.type == tokenize.STRING and token.line.strip().startswith(('"""', 'r"""'))
-        if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING) and not docstring:
+        kind = tokenize.tok_name[token.type]
+        docstring = kind == "STRING" and token.line.strip().startswith(('"""', 'r"""'))
+        if kind in ("NAME", "OP", "NUMBER", "STRING", "FSTRING_START") and not inside and not docstring:
             count += 1
             lines.add(token.start[0])
+        inside += (kind == "FSTRING_START") - (kind == "FSTRING_END")
     return count, len(lines)
 
 
