@@ -79,11 +79,9 @@ class Attention(nn.Module):
         B, S, D = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, S, E) each
-        q = self.q_norm(q)
-        k = self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
-            q = rotate(q, angles)
-            k = rotate(k, angles)
+            q, k = rotate(q, angles), rotate(k, angles)
         y = self.attend(q, k, v) if cache is None else cache.attend(q, k, v)
         y = y.transpose(1, 2).reshape(B, S, D)
         return self.out(y)
@@ -125,8 +123,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim)
         self.attn = Attention(config)
-        self.norm_cross = None
-        self.cross_attn = None
+        self.norm_cross = self.cross_attn = None
         if "cross" in (config.text, config.melody):
             self.norm_cross = nn.LayerNorm(config.dim)
             self.cross_attn = CrossAttention(config)
@@ -197,7 +194,8 @@ class LMModel(nn.Module):
         With a `cache` the sequence continues what the cache has seen. The prefix enters at the first call.
         """
         B, K, S = sequence.shape
-        assert K == self.config.n_q, (K, self.config.n_q)
+        if K != self.config.n_q:
+            raise ValueError(f"{K} codebooks, not {self.config.n_q}")
         x = self.embed(sequence)                                            # (B, S, D)
         start = 0 if cache is None else cache.columns
         if conditions.added is not None:
@@ -353,7 +351,8 @@ def codebook_cross_entropy(logits, codes, mask, weight=1.0):
     weight: of each frame, (T,) or 1.
     """
     B, K, T, V = logits.shape
-    assert codes.shape == (B, K, T)
+    if codes.shape != (B, K, T):
+        raise ValueError(f"codes {tuple(codes.shape)} for the logits of {(B, K, T)}")
     mask = mask.expand(B, K, T)
     ce = []
     for k in range(K):      # one codebook at a time: less memory
@@ -385,7 +384,8 @@ class Cache:
 
     def begin(self, prefix_mask, new):
         """Before `new` positions go through the layers; the first time with the prefix's mask (B, P)."""
-        assert self.length == 0 or new == 1, "a filled cache takes one column at a time"
+        if self.length > 0 and new > 1:
+            raise ValueError("a filled cache takes one column at a time")
         if self.length == 0 and prefix_mask is not None and not prefix_mask.all():
             # not -inf: a row of padding sees nothing but itself, and must not become NaN
             bias = (~prefix_mask).to(self.dtype) * (torch.finfo(self.dtype).min / 2)

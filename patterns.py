@@ -30,8 +30,10 @@ class Pattern:
 
     def build(self, codes, special, keep_only_valid_steps=False, T=None):
         """Codes (B, K, T) -> sequence (B, K, S), mask (K, S); else `special`. A prompt needs its final T."""
-        assert T is None or codes.shape[2] <= T
-        frames, _ = self._tables(T or codes.shape[2], keep_only_valid_steps, codes.device)
+        T = codes.shape[2] if T is None else T
+        if T < codes.shape[2]:
+            raise ValueError(f"a prompt of {codes.shape[2]} frames is longer than the whole, {T}")
+        frames, _ = self._tables(T, keep_only_valid_steps, codes.device)
         return _take(codes, frames, special)
 
     def revert(self, sequence, T, special, keep_only_valid_steps=False):
@@ -73,8 +75,7 @@ class Pattern:
             S -= int(t.max()) + 1 - T
         columns = torch.full((K, T), -1)
         real = (t < T) & (s < S)
-        s, t, k = s[real], t[real], k[real]
-        columns[k, t] = s
+        columns[k[real], t[real]] = s[real]
         return frames[:, :S].to(device), columns.to(device)
 
 
@@ -118,11 +119,10 @@ class UnrollPattern(Pattern):
         for inner in range(max(self.flattening) + 1):
             group = [k for k, column in enumerate(self.flattening) if column == inner]
             late = {delays[k] for k in group}
-            assert len(late) <= 1, "codebooks of one column need one delay"
+            if len(late) > 1:
+                raise ValueError("codebooks of one column need one delay")
             delay = max(late, default=0)
-            for t in range(end):
-                cells = [(t, k) for k in group]
-                columns.append((t + delay, cells))
+            columns += [(t + delay, [(t, k) for k in group]) for t in range(end)]
         columns.sort()  # at equal keys the delayed column, which is of an older frame, comes first
         return [cells for key, cells in columns if key < end]
 
@@ -168,12 +168,12 @@ def from_config(config):
 def _take(x, index, fill):
     """x (B, K, N, ...) -> x[:, k, index[k, m]] (B, K, M, ...), mask (K, M); `fill` if index is not in N."""
     K, N = x.shape[1:3]
-    assert K == len(index), f"this pattern has {len(index)} codebooks, not {K}"
+    if K != len(index):
+        raise ValueError(f"this pattern has {len(index)} codebooks, not {K}")
     mask = (index >= 0) & (index < N)
     row = torch.arange(K, device=index.device)[:, None]
     place = index.clamp(0, N - 1) + N * row                             # in x[b].flatten()
-    taken = x.flatten(1, 2).index_select(1, place.flatten())
-    taken = taken.unflatten(1, index.shape)
+    taken = x.flatten(1, 2).index_select(1, place.flatten()).unflatten(1, index.shape)
     outside = ~mask if x.dim() == 3 else ~mask[..., None]
     return taken.masked_fill(outside, fill), mask
 

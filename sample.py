@@ -312,7 +312,8 @@ def generate(lm, passes, T, seeds, prompt=None, guidance=3.0, temperature=1.0, t
     device = lm.emb.weight.device
     B, K = len(seeds), lm.config.n_q
     rows = max(B, passes[0].batch)
-    assert rows in (B, 2 * B), f"{rows} conditions for {B} items"
+    if rows not in (B, 2 * B):
+        raise ValueError(f"{rows} conditions for {B} items")
     codes = torch.full((B, K, T), -1, device=device)                        # -1: not known yet
     T0 = 0 if prompt is None else prompt.shape[-1]
     if T0:

@@ -83,12 +83,12 @@ class DAdaptAdam(torch.optim.Optimizer):
                  growth_rate=float("inf")):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, growth_rate=growth_rate)
         super().__init__(params, defaults)
-        assert len(self.param_groups) == 1, "one d is shared by all weights: give them as a single group"
-        group = self.param_groups[0]
+        if len(self.param_groups) > 1:
+            raise ValueError("one d is shared by all weights: give them as a single group")
+        group, = self.param_groups
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in group["params"]):
             raise ValueError("D-Adaptation needs float32 weights (d starts at 1e-6); use autocast instead")
-        device = group["params"][0].device
-        group["d"] = torch.tensor(float(d0), device=device)
+        group["d"] = torch.tensor(float(d0), device=group["params"][0].device)
         group["r"] = torch.zeros_like(group["d"])
 
     @torch.no_grad()

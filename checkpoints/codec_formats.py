@@ -161,7 +161,8 @@ def values_from_transformers(values: dict, K: int, where) -> dict:
     """Our settings from transformers' EncodecConfig, whose file holds K codebooks."""
     from transformers import EncodecConfig  # for the defaults that a file may leave out; imports for seconds
     with as_user_error(f"{where}: not a configuration of EnCodec"):
-        assert values["model_type"] == "encodec", f"model_type is {values['model_type']!r:.40}"
+        if values["model_type"] != "encodec":
+            raise ValueError(f"model_type is {values['model_type']!r:.40}")
         foreign = EncodecConfig(**values)
         bits = 1000 * foreign.target_bandwidths[-1] / math.ceil(foreign.sampling_rate / foreign.hop_length)
         # Older versions count 10 bits a codebook whatever its size: the file is believed if it agrees.

@@ -148,10 +148,12 @@ def read_pickle(path) -> dict:
     with as_user_error(f"{path}: damaged, or more than plain tensors"):
         refuse_pointer(path)
         value = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(value, dict), f"it holds a {type(value).__name__}"
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds a {type(value).__name__}")
         for tensor in _tensors_in(value):  # strides of 0 make much of little, until something copies it
             stored = tensor.untyped_storage().nbytes()
-            assert tensor.nbytes <= stored, "a tensor claims more numbers than it has"
+            if tensor.nbytes > stored:
+                raise ValueError("a tensor claims more numbers than it has")
         return value
 
 
@@ -171,7 +173,8 @@ def read_audiocraft(path) -> tuple[dict, dict]:
         import yaml
         config, state = yaml.safe_load(value["xp.cfg"]), value["best_state"]
         state = state.get("model", state)
-        assert isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values()), "not so"
+        if not (isinstance(config, dict) and all(isinstance(t, torch.Tensor) for t in state.values())):
+            raise TypeError("not so")
         return state, config
 
 

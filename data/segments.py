@@ -167,13 +167,13 @@ class TokenSegments:
             names = set(part([track["file"] for track in index["tracks"]]))
             tracks = [track for track in index["tracks"] if track["file"] in names]
             for track in tracks:  # somebody else may have written this
-                assert type(track["shard"]) is int and track["shard"] >= 0, track["file"]
-                assert is_whole(track, frames[track["shard"]]), track["file"]
-                assert 0 <= track["weight"] < 1e9, track["file"]
+                shard = track["shard"]
+                has_shard = type(shard) is int and shard >= 0
+                if not (has_shard and is_whole(track, frames[shard]) and 0 <= track["weight"] < 1e9):
+                    raise ValueError(track["file"])
                 track["meta"] = clean(track["meta"])
             return tracks
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-                OverflowError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{folder}: index and shards do not fit ({error!r:.200}); prepare it "
                             f"again") from None
 

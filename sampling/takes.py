@@ -115,10 +115,13 @@ def read_codes(path, config: Config) -> torch.Tensor:
     try:
         with zipfile.ZipFile(path) as file:     # a small archive can unpack to anything
             size = sum(info.file_size for info in file.infolist())
-            assert size < MAX_UNPACKED, "it claims more than 256 MB"
+        if size >= MAX_UNPACKED:
+            raise ValueError("it claims more than 256 MB")
         with np.load(path, allow_pickle=False) as file:
-            assert file["codes"].dtype.kind in "iu", "its codes are no integers"
-            codes = torch.from_numpy(file["codes"].astype(np.int64))
+            codes = file["codes"]
+        if codes.dtype.kind not in "iu":
+            raise TypeError("its codes are no integers")
+        codes = torch.from_numpy(codes.astype(np.int64))
     except Exception as error:      # zipfile, zlib and numpy each have their own
         reason = str(error)[:100]
         raise UserError(f"--continue_from {path}: not a file of --save_codes ({reason})") from None

@@ -16,7 +16,8 @@ def read_json(path) -> dict:
     """The object in a JSON file. Raises UserError naming the file: missing, damaged, no object."""
     with as_user_error(f"{path}: cannot be read as JSON"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        assert isinstance(value, dict), f"a {type(value).__name__}, not an object"
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__}, not an object")
         return value
 
 

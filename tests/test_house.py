@@ -98,6 +98,13 @@ def test_lines_and_functions_are_not_too_long():
                 assert size <= FUNCTION, f"{path.relative_to(ROOT)}: {node.name} has {size} lines"
 
 
+def test_no_assert_outside_of_tests():
+    """`python -O` leaves them out: a check of what a caller, a file or a model gives would be gone."""
+    for name, tree in TREES.items():
+        lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        assert not lines, f"{name}: assert in lines {lines}"
+
+
 def test_nothing_stands_twice():
     """No run of six lines of code, blank lines and comments aside, in two places that are not tests."""
     seen = {}

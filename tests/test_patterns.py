@@ -110,11 +110,11 @@ def test_gradient_reaches_exactly_the_logits_that_are_read():
 
 
 def test_misuse_is_caught():
-    with pytest.raises(AssertionError, match="4 codebooks, not 3"):
+    with pytest.raises(ValueError, match="4 codebooks, not 3"):
         PATTERNS["delay"].build(torch.zeros(1, 3, 5, dtype=torch.long), 7)
-    with pytest.raises(AssertionError):     # a prompt longer than the whole
+    with pytest.raises(ValueError, match="longer than the whole"):
         PATTERNS["delay"].build(torch.zeros(1, 4, 5, dtype=torch.long), 7, T=4)
-    with pytest.raises(AssertionError, match="one delay"):
+    with pytest.raises(ValueError, match="one delay"):
         UnrollPattern((0, 1, 1), (0, 1, 2)).layout(3)
 
 

@@ -200,7 +200,8 @@ def read_metadata(path: Path) -> tuple[dict, Config]:
         config = Config(**without_former_keys(metadata["config"], path))
         metadata["settings"] = dict(metadata.get("settings") or {})
         for key in ("text", "melody", "stem", "command"):
-            assert isinstance(metadata.get(key, ""), str), f"its {key} is no text"
+            if not isinstance(metadata.get(key, ""), str):
+                raise TypeError(f"its {key} is no text")
     return metadata, config
 
 

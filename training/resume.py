@@ -59,10 +59,10 @@ def load_state(task, ema, optimizers, scaler) -> int:
             info = json.loads(file.metadata()["info"])
         scaler.load_state_dict(info["scaler"])
         ema.count, update = float(info["ema_count"]), int(info["update"])
-        assert 0 <= update < 1e15, f"update {update}"
+        if not 0 <= update < 1e15:
+            raise ValueError(f"update {update}")
         return update
-    except (SafetensorError, OSError, LookupError, RuntimeError, TypeError, ValueError,
-            AssertionError) as error:
+    except (SafetensorError, OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or of another configuration ({str(error)[:200]})") from None
 
 
