@@ -4,6 +4,7 @@
 """
 import io
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from system.files import write_atomic
 
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"),
            ".mp3": ("MP3", "MPEG_LAYER_III")}
+MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)     # Hz
+MOST_RATE = {".ogg": 200_000, ".flac": 655_350}     # Hz; beyond, libsndfile's ogg writer ends the process
 LOWEST, HIGHEST = 1000, 400_000     # Hz; beyond is damage or malice: to resample 2 GHz takes any memory
 LOUD = 16.0     # no recording of samples within -1 and 1 has peaks beyond; one of 16-bit integers has
 
@@ -46,7 +49,7 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
     if not (start >= 0 and duration > 0):
         raise UserError(f"{path}: cannot read {duration} s from {start} s on; start from 0, last more than 0")
     first, length, blocks = round(start * sample_rate), round(duration * sample_rate), []
-    with as_user_error(f"{path}: cannot be read as audio"):
+    with as_user_error(f"{path}: cannot be read as audio; {conversion(path)}"):
         recording = Recording(path)
         if not LOWEST <= recording.rate <= HIGHEST:
             raise UserError(f"{path}: claims {recording.rate} Hz; save it at a rate from {LOWEST:,} to "
@@ -81,11 +84,25 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
     return torch.from_numpy(np.ascontiguousarray(wav.T, dtype=np.float32))
 
 
+def conversion(path) -> str:
+    """What to do with a file in a format that libsndfile does not know, such as m4a."""
+    path = Path(path)
+    return f"if a player plays it, convert it: {shlex.join(['ffmpeg', '-i', str(path), f'{path.stem}.flac'])}"
+
+
+def check_recording(path):
+    """Raises UserError, as read_audio does, for a file that is missing or no recording. Reads its head."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such audio file")
+    with as_user_error(f"{path}: cannot be read as audio; {conversion(path)}"):
+        Recording(path)
+
+
 def seconds_of(path) -> float:
     """How long a recording is, as far as its structure tells. Raises UserError if it cannot be read."""
     if not Path(path).is_file():    # a pipe, say, which would be waited for
         raise UserError(f"{path}: not a file")
-    with as_user_error(f"{path}: cannot be read as audio"):
+    with as_user_error(f"{path}: cannot be read as audio; {conversion(path)}"):
         recording = Recording(path)
         frames = recording.frames
         if frames >= UNKNOWN:   # FLAC as it is written into a pipe: only decoding shows
@@ -100,11 +117,25 @@ def to_int16(samples: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 
-def write_audio(path, wav, sample_rate: int):
-    """Writes wave (C, L) as wav, flac, ogg or mp3, by the ending. A peak above 0.99 is scaled down."""
+def check_format(path, sample_rate: int | None = None):
+    """Raises UserError if no format has this ending, or if it has no such sample rate (Hz)."""
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
-        raise UserError(f"{path}: the ending sets the format, one of {' '.join(FORMATS)}")
+        raise UserError(f"{path}: the ending tells the format, one of {' '.join(FORMATS)}; for another one "
+                        f"write a .flac and convert that: ffmpeg -i X.flac X{suffix}")
+    if sample_rate is None:
+        return
+    if suffix == ".mp3" and sample_rate not in MP3_RATES:
+        raise UserError(f"{path}: there is no mp3 of {sample_rate} Hz, only of {MP3_RATES}; choose .wav")
+    if sample_rate > MOST_RATE.get(suffix, sample_rate):
+        raise UserError(f"{path}: {sample_rate} Hz are too many for {suffix}, {MOST_RATE[suffix]} is the most;"
+                        f" choose .wav")
+
+
+def write_audio(path, wav, sample_rate: int):
+    """Writes wave (C, L) as wav, flac, ogg or mp3, by the ending. A peak above 0.99 is scaled down."""
+    check_format(path, sample_rate)
+    suffix = Path(path).suffix.lower()
     wav = wav.detach().float().cpu()
     if not wav.isfinite().all():
         raise UserError(f"{path}: not written, the wave has samples that are not finite numbers")

@@ -56,7 +56,7 @@ from encodec import EncodecModel
 from system.command import Parser, run
 from system.devices import pick_device
 from system.errors import UserError
-from system.files import write_atomic
+from system.files import check_writable, write_atomic
 from system.processes import barrier, process_count, rank
 
 try:
@@ -372,6 +372,7 @@ def join_processes(device: torch.device) -> torch.device:
 
 def main(argv):
     args = parse(argv)
+    check_writable(args.out / "index.json")
     tracks, complaints = scan(args.folder)
     config, codec, settings = resolve_settings(args)
     device = join_processes(pick_device(config.device))

@@ -9,12 +9,14 @@ shard is opened again: however preparing is stopped, it can go on from there.
 """
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from data.captions import parse_object
 from system.errors import UserError
+from system.files import sync
 
 try:
     import fcntl
@@ -100,7 +102,7 @@ class Shard:
             self.files = {name: open(path, "ab", buffering=0) for name, path in paths.items()}
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-        self._lock(folder)
+        self._lock(folder, number)
         # cut off what was being written when the last run was stopped
         entries = read_log(folder, number, K, curves)[0]
         self.frames = {}
@@ -110,15 +112,19 @@ class Shard:
             self.files[name].truncate(self.frames[name] * (2 * K if name == "codes" else 1))
         self.files["log"].truncate(paths["log"].read_bytes().rfind(b"\n") + 1)
 
-    def _lock(self, folder):
+    def _lock(self, folder, number):
         if fcntl is None:
             return
         try:
             fcntl.flock(self.files["log"], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.close()
             raise UserError(f"{folder}: another process writes into it; let that end, or choose another "
                             f"--out") from None
+        except OSError:     # a drive of another computer, say
+            if number == 0:
+                print(f"{folder}: its file system has no locks; do not run this command twice at once",
+                      file=sys.stderr)
 
     def add(self, file: str, stamp: list, codes: np.ndarray, curves: dict[str, np.ndarray], notes=()):
         """Appends a track: codes (T, K) uint16, curves (M,) uint8. It counts once its line is in the log.
@@ -147,7 +153,7 @@ class Shard:
         try:
             while data:  # a disk that is nearly full takes a part
                 data = data[file.write(data):]
-            os.fsync(file.fileno())
+            sync(file)
         except OSError as error:
             raise UserError(f"{file.name}: cannot be written ({error.strerror}); with that put right, run "
                             f"the same command again to go on") from None

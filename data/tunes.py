@@ -25,7 +25,7 @@ from data.render import (INSTRUMENTS, SPLITS, draw_truth, fit, load_tunes, rende
                          tunes_of)
 from system.command import Parser, run
 from system.errors import UserError
-from system.files import write_atomic
+from system.files import check_writable, write_atomic
 
 
 def write_wav(path: Path, wav: np.ndarray, sample_rate: int):
@@ -64,6 +64,7 @@ def write_one(args):
         raise UserError(f"--one {args.one!r}: no tune has this in its title; data/tunes.txt has the titles")
     if not args.to:
         raise UserError("--one needs --to FILE.wav")
+    check_writable(args.to)
     if args.instrument not in INSTRUMENTS:
         raise UserError(f"--instrument {args.instrument!r}: must be one of {', '.join(INSTRUMENTS)}")
     tune = found[0]
@@ -105,6 +106,7 @@ def main(argv):
     args = parse(argv)
     if args.one:
         return write_one(args)
+    check_writable(Path(args.out) / SPLITS[0] / "any.json")
     jobs = []
     for split, clips in zip(SPLITS, args.clips):
         for index in range(clips * len(tunes_of(split))):

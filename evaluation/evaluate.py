@@ -27,7 +27,7 @@ from evaluation.metrics import (codebook_use, compare_chroma, frechet_distance, 
 from sample import MusicGen
 from system.devices import pick_device
 from system.errors import UserError
-from system.files import write_atomic
+from system.files import check_writable, write_atomic
 from training.figures import rounded, with_perplexity
 
 BATCH = 8       # segments at a time, at most
@@ -37,6 +37,9 @@ def evaluate(config: Config, split: str) -> dict:
     """Measures the model in out_dir on a split -> {name: figure}, printed and written as well."""
     out = Path(config.out_dir)
     device = pick_device(config.device)
+    result = out / f"eval_{split}.json"
+    if out.is_dir():    # else there is no model, which is said below
+        check_writable(result)
     torch.manual_seed(config.seed)
     measure = evaluate_codec if config.task == "codec" else evaluate_lm
     figures = measure(config, split, out, device)
@@ -44,7 +47,7 @@ def evaluate(config: Config, split: str) -> dict:
     width = max(len(key) for key in figures)
     for key, value in figures.items():
         print(f"{key:{width}}  {value}")
-    write_atomic(out / f"eval_{split}.json", (json.dumps(figures, indent=1) + "\n").encode())
+    write_atomic(result, (json.dumps(figures, indent=1) + "\n").encode())
     return figures
 
 

@@ -9,15 +9,18 @@ import argparse
 import shlex
 import signal
 import sys
+from pathlib import Path
 
-from checkpoints.lm_formats import export_transformers
+from checkpoints.files import is_audiocraft, open_checkpoint
+from checkpoints.lm_formats import export_transformers, read_config
 from config import FIELDS
-from data.audio import read_audio, write_audio
+from data.audio import check_format, check_recording, read_audio, write_audio
 from lm import LMModel
-from sampling.takes import DEFAULT_CHECKPOINT, metadata, output_names, read_codes, write_codes
+from sampling.takes import (DEFAULT_CHECKPOINT, files_of, metadata, output_names, read_codes,
+                            write_codes)
 from system.command import Parser
 from system.errors import UserError
-from system.files import write_atomic
+from system.files import check_writable, write_atomic
 
 
 # --- flags ------------------------------------------------------------------------------------------------
@@ -88,11 +91,10 @@ def main(MusicGen, argv):
     if args.page:
         from tools.page import page_path, write_page
         page = page_path(args.page, args.overwrite)
+        check_writable(page)
 
+    check_files(args, melodies, outs)
     model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile)
-    if any(melodies) and model.config.melody == "none":
-        raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody, or take a melody "
-                        f"model")
     chromas = read_melodies(model, args, melodies)
     prompt = read_prompt(model, args, len(texts))
     interrupted = catch_interrupt() if args.keep_partial else []
@@ -119,6 +121,9 @@ def main(MusicGen, argv):
 
 def export(MusicGen, args):
     """--export and --export_hf: the checkpoint in other forms."""
+    for directory in (args.export, args.export_hf):
+        if directory:
+            check_writable(Path(directory) / "config.json")
     lm = LMModel.from_pretrained(args.checkpoint)
     codec = MusicGen.load_codec(args.checkpoint, lm)
     if args.export:
@@ -143,6 +148,27 @@ def pair(texts, melodies):
         raise UserError(f"{len(melodies)} --melody for {len(texts)} --text: give one for all, or one for "
                         f"each")
     return texts, melodies
+
+
+def check_files(args, melodies, outs):
+    """What would fail later, found before the model is loaded. Raises UserError naming file or flag."""
+    for path in [*melodies, args.prompt]:
+        if path:
+            check_recording(path)
+    for out in outs:
+        for path in files_of(out, args):
+            check_writable(path)
+    directory = open_checkpoint(args.checkpoint)
+    if is_audiocraft(directory, "state_dict.bin"):
+        return      # its configuration lies among the weights
+    config, _ = read_config(directory)
+    if any(melodies) and config.melody == "none":
+        raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody, or take a melody "
+                        f"model")
+    for out in outs:
+        check_format(out, config.sample_rate)
+    if args.continue_from:
+        read_codes(args.continue_from, config)
 
 
 def max_seconds(model, args) -> float:

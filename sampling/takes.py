@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from config import Config
-from data.audio import FORMATS
+from data.audio import check_format
 from system.errors import UserError
 from system.files import write_atomic
 
@@ -40,8 +40,7 @@ def output_names(args, texts) -> list[Path]:
             names.append(free_name(args, text, names))
         return names
     out = Path(args.out)
-    if out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {out}: the ending tells the format, one of {' '.join(FORMATS)}")
+    check_format(out)
     names = [out]
     if len(texts) > 1:
         names = [out.with_name(f"{out.stem}_{i}{out.suffix}") for i in range(len(texts))]

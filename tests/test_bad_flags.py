@@ -296,9 +296,10 @@ def test_flags_of_sampling(world, tmp_path, flag):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("flag", ["--melody x.wav", "--stem demucs --melody x.wav"])
+@pytest.mark.parametrize("flag", ["--melody 0.wav", "--stem demucs --melody 0.wav"])
 def test_flags_of_sampling_with_a_text_model(world, tmp_path, flag):
-    """What is missing is the melody model, not the file."""
+    """What is missing is the melody model, not the package of the stem."""
+    shutil.copy(world / "audio" / "0.wav", tmp_path)
     result = sampling(world, *flag.split(), checkpoint="text", cwd=tmp_path)
     refused(result, str(world / "text"), "--melody")
     assert "x.wav" not in result.err

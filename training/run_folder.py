@@ -15,14 +15,16 @@ from pathlib import Path
 from checkpoints.files import write_tensors
 from config import Config
 from system.errors import UserError
-from system.files import write_atomic
+from system.files import check_writable, write_atomic
 from system.processes import barrier, rank
 from training.lora import merge_lora
 from training.resume import gather, state_path
 
 
 def can_resume(out: Path, resume: bool) -> bool:
-    """Whether to go on with a run: asked for, and it is there. Raises UserError rather than overwrite one."""
+    """Whether to go on with a run: asked for, and it is there. Raises UserError rather than overwrite one,
+    and for a folder that cannot be written."""
+    check_writable(out / "config.json")
     has_state = state_path(out).exists()
     if resume and has_state:
         return True
