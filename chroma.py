@@ -36,8 +36,7 @@ def chroma_filterbank(sample_rate, n_fft, n_chroma=12):
     pitch = Q * np.log2(frequency / 27.5)                   # semitones above A0, for Q = 12
     below = pitch[:1] - 1.5 * Q                             # bin 0 has no pitch: somewhere below bin 1
     pitch = np.concatenate([below, pitch])
-    width = np.maximum(np.diff(pitch), 1)
-    width = np.append(width, 1)
+    width = np.append(np.maximum(np.diff(pitch), 1), 1)
     distance = pitch - np.arange(Q)[:, None]
     distance = (distance + Q // 2) % Q - Q // 2             # to the nearest octave of class q
     weights = np.exp(-0.5 * (2 * distance / width) ** 2)
@@ -62,7 +61,8 @@ class ChromaExtractor(nn.Module):
         self.argmax = argmax
         filterbank = chroma_filterbank(sample_rate, self.window, n_chroma)
         self.register_buffer("filterbank", torch.from_numpy(filterbank), persistent=False)
-        self.register_buffer("hann", torch.hann_window(self.window), persistent=False)
+        hann = torch.hann_window(self.window, dtype=torch.float32, device="cpu")
+        self.register_buffer("hann", hann, persistent=False)
 
     def frames(self, samples):
         """M for a wave of so many samples."""

@@ -156,7 +156,7 @@ class T5Conditioner(nn.Module):
         hidden = output.last_hidden_state.to(self.proj.weight.dtype)
         frames = self.proj(hidden)                                          # (B, P, D)
         frames = frames * (mask & given)[..., None].to(frames.dtype)
-        time = -1.0 - torch.arange(ids.shape[1], device=device)             # before the music
+        time = -1 - torch.arange(ids.shape[1], device=device, dtype=torch.float32)  # before the music
         return Frames(frames, mask, time)
 
 
@@ -182,7 +182,7 @@ class ChromaConditioner(nn.Module):
         frames = null_melody(self.proj, chroma.to(weight), given, self.null)
         B, M, _ = frames.shape
         mask = torch.ones(B, M, dtype=torch.bool, device=weight.device)
-        time = torch.arange(M, device=weight.device) * self.hop
+        time = torch.arange(M, device=weight.device, dtype=torch.float32) * self.hop
         return Frames(frames, mask, time)
 
 

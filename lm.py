@@ -263,7 +263,7 @@ class LMModel(nn.Module):
             x = x + config.positional_scale * waves.to(x.dtype)
         if "rope" in config.positional_embedding:
             half = config.dim // config.num_heads // 2
-            index = torch.arange(half, device=x.device)
+            index = torch.arange(half, device=x.device, dtype=torch.float32)
             angles = positions[..., None] / config.max_period ** (index / half)
         return x, angles
 

@@ -34,7 +34,7 @@ from data.audio import LOUD
 from data.stems import as_wave, as_waves, separate
 from encodec import EncodecModel
 from lm import LMModel
-from system.devices import device_of, pick_device
+from system.devices import device_of, inference, pick_device
 from system.errors import UserError
 
 try:    # on a CPU PackedLinear and PackedCache (speed/decoding.py) take over from lm.py's layers and cache
@@ -134,7 +134,7 @@ class MusicGen:
         extract = ChromaExtractor(self.sample_rate, self.config.n_chroma, self.config.radix2_exp)
         return extract(wav)[0]
 
-    @torch.inference_mode()
+    @inference()
     def encode_prompt(self, prompt, sample_rate, batch):
         """Waves to continue, see `as_waves`, one for all or one an item -> codes (B, K, T0), whole frames."""
         C, stride = self.config.channels, self.config.stride
@@ -154,16 +154,16 @@ class MusicGen:
         codes = self.codec.encode(torch.stack(waves).to(self.codec_device))
         return codes[:, :self.config.n_q]
 
-    @torch.inference_mode()
+    @inference()
     def decode(self, codes, duration=None):
         """Codes (B, K, T) -> wav (B, C, L), cut to `duration` seconds."""
-        wav = self.codec.decode(codes.to(self.codec_device))
-        wav = wav.float().cpu()
+        wav = self.codec.decode(codes.to(self.codec_device)).float().cpu()
         if duration is None:
             return wav
         L = max(1, round(duration * self.sample_rate))
         return wav[..., :L]
 
+    @inference()
     def generate_codes(self, descriptions, chromas=None, prompt=None, duration=None, seeds=None,
                        guidance=None, two_step=False, temperature=None, top_k=None, top_p=None,
                        progress=False, interrupted=()):

@@ -8,9 +8,8 @@
     1 segments --> 2, 3 conditions --> 4 pattern --> 5 transformer --> 6 cross-entropy
             average <-- weights <-- optimizer <-- clipped gradients <-- 7 backward
 
-This file reads from top to bottom: learning rate, optimizer, average of the weights, what is trained, and the
-loop, `train`, whose steps are numbered as in README ("the life of a batch"). What only some runs need is in
-training/: codec.py, parallel.py (several processes), muon.py, lora.py, resume.py, command.py (the flags).
+From top to bottom: learning rate, optimizer, average of the weights, what is trained, and the loop, `train`,
+whose steps are numbered as in README ("the life of a batch"). What only some runs need is in training/.
 
 Item i of update u is drawn from a generator seeded (seed, u, i): one process or eight, resumed or not, train
 on the same data. An update is one step of the optimizer; updates are counted from 0.
@@ -27,6 +26,7 @@ from torch import nn
 from data.segments import Prefetcher, TokenSegments, get_batch
 from encodec import EncodecModel
 from lm import LMModel
+from system.devices import torch_defaults
 from system.processes import sum_over_processes
 from training.figures import with_perplexity
 from training.finite_check import not_finite_error
@@ -197,8 +197,7 @@ class EMA:
         count <- decay count + 1, w = 1 / count (plain: w = 1 - decay), average <- (1 - w) average + w value
 
     unbiased: the weighted mean of the values seen so far; the first one replaces the random start. With decay
-    0.99 values lose half their weight in 69 calls of `update`: 690 updates of the model at ema_every = 10.
-    decay 0: the values themselves, without a copy.
+    0.99 values lose half their weight in 69 calls (690 updates at ema_every = 10). decay 0: no copy is kept.
     """
 
     def __init__(self, module, decay=0.99, unbiased=True):
@@ -314,6 +313,7 @@ class LMTraining:
 
 # === the loop =============================================================================================
 
+@torch_defaults()
 def train(config, resume=False, interrupted=()):
     """Trains until total_updates, writing to out_dir. `interrupted` turns true when the run is to end early.
     Raises UserError when the configuration does not fit, or a loss or gradient is not finite."""

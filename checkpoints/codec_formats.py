@@ -77,6 +77,7 @@ def codebook_bandwidth(config: Config) -> float:
 
 # --- reading ----------------------------------------------------------------------------------------------
 
+@torch.inference_mode(False)    # a caller may be in it, and want to train what is loaded afterwards
 def load_codec(model_class, name, bandwidth=None, n_q=None, dtype=torch.float32):
     """A codec of model_class (EncodecModel) in evaluation mode, from whatever `read_codec` reads.
 

@@ -203,6 +203,7 @@ def look_up(tree: dict, path: str, where, *default, depth=0):
     return value
 
 
+@torch.inference_mode(False)    # parameters made in it could not be trained afterwards
 def load_strict(module: nn.Module, tensors: dict, where):
     """Makes the tensors the module's own, without a copy. Raises UserError listing all that does not fit."""
     own = module.state_dict()

@@ -53,6 +53,7 @@ NOT_THE_LM = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_po
 
 # --- tensors ----------------------------------------------------------------------------------------------
 
+@torch.inference_mode(False)    # a caller may be in it, and want to train what is loaded afterwards
 def read_tensors_for(lm, directory, origin: str, dtype) -> dict:
     """Our names -> tensors of a model directory, for the LMModel `lm` on the meta device.
 

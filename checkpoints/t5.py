@@ -57,6 +57,7 @@ def t5_config(name: str):
         return config
 
 
+@torch.inference_mode(False)    # a caller may be in it, and want to train what is loaded afterwards
 def load_t5(name: str) -> nn.Module:
     """T5's encoder from a hub id, a directory, or a MusicGen directory in transformers' format."""
     config = t5_config(name)

@@ -128,8 +128,8 @@ def check_format(path, sample_rate: int | None = None):
     if suffix == ".mp3" and sample_rate not in MP3_RATES:
         raise UserError(f"{path}: there is no mp3 of {sample_rate} Hz, only of {MP3_RATES}; choose .wav")
     if sample_rate > MOST_RATE.get(suffix, sample_rate):
-        raise UserError(f"{path}: {sample_rate} Hz are too many for {suffix}, {MOST_RATE[suffix]} is the most;"
-                        f" choose .wav")
+        raise UserError(f"{path}: {sample_rate} Hz are too many for {suffix}, {MOST_RATE[suffix]} is the "
+                        f"most; choose .wav")
 
 
 def write_audio(path, wav, sample_rate: int):

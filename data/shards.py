@@ -8,7 +8,6 @@ A line of the log is written after its data are on the disk, and data without a 
 shard is opened again: however preparing is stopped, it can go on from there.
 """
 import json
-import os
 import sys
 from pathlib import Path
 

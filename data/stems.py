@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from config import FIELDS
 from data.audio import HIGHEST, LOWEST
+from system.devices import inference
 from system.errors import UserError, as_user_error
 
 MOST_CHANNELS = 64
@@ -34,6 +35,7 @@ def pick_stem(stem: str) -> str:
     return stem
 
 
+@inference()
 def separate(wav, sample_rate: int, stem: str = "auto"):
     """Recording (C, L) -> its melody stem (1, L), on the same device.
 
@@ -155,6 +157,7 @@ def as_waves(waves, old: int | None, new: int, B: int, name: str, loudest=math.i
     return given * (B // len(given)) if B else []
 
 
+@inference()
 def as_wave(samples, old: int | None, new: int, name: str, loudest=math.inf):
     """A wave of rate old (None: new), tensor or array -> (C, L) of rate new, float32, on the CPU.
 

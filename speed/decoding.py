@@ -16,7 +16,7 @@ from checkpoints.files import quantize_rows
 from conditioners import Conditions
 from config import Config
 from lm import Cache, LMModel, Projection
-from speed.kernels import KINDS, data_pointers, has_bfloat16, kernels
+from speed.kernels import KINDS, data_pointers, has_bfloat16, kernels, packed_pointers
 from speed.products import block_attention, product
 
 FEW = 32            # rows up to which a product waits for the weights rather than for the arithmetic
@@ -50,8 +50,9 @@ class PackedLinear(nn.Module):
         if few and kernels():
             x = x.contiguous()
             y = x.new_empty(*x.shape[:-1], R)
-            kernels().product(KINDS[weight.dtype], *data_pointers(weight, scale, x, None, None), 0, None,
-                              *data_pointers(y), R, C, x.numel() // C)
+            kernels().product(
+                KINDS[weight.dtype], *packed_pointers(weight), *data_pointers(scale, x, None, None), 0, None,
+                *data_pointers(y), R, C, x.numel() // C)
             return y
         if few and weight.dtype == torch.int8:
             y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale.bfloat16())
@@ -72,8 +73,8 @@ class PackedCache(Cache):
         H, E, N = config.num_heads, config.dim // config.num_heads, config.num_layers
         scales = max_length if dtype == torch.int8 else 0
         self.k, self.v = (torch.empty(N, batch, H, max_length, E, dtype=dtype) for _ in "kv")
-        self.k_scale, self.v_scale = (torch.empty(N, batch, H, scales) for _ in "kv")
-        self.scores = torch.empty(batch, H, max_length)
+        self.k_scale, self.v_scale = (torch.empty(N, batch, H, scales, dtype=torch.float32) for _ in "kv")
+        self.scores = torch.empty(batch, H, max_length, dtype=torch.float32)
         self.table = None           # addresses of the tensors of all layers, once they are all there
         self.condition_length, self.condition_bias = 0, None
         self.layers = [PackedLayerCache(self, n) for n in range(N)]
@@ -84,12 +85,12 @@ class PackedCache(Cache):
         if self.table is None:
             self.table = torch.tensor([self.pointers(n, layer) for n, layer in enumerate(layers)])
             if conditions.cross_mask is not None and self.condition_length:
-                bias = torch.zeros(B, self.condition_length)
+                bias = torch.zeros(B, self.condition_length, dtype=torch.float32)
                 self.condition_bias = bias.masked_fill_(~conditions.cross_mask, MASKED)
             self.scores = self.scores.new_empty(B, H, max(self.max_length, self.condition_length))
         x = x.clone(memory_format=torch.contiguous_format)
         kernels().decode(
-            KINDS[self.k.dtype], *data_pointers(self.table), len(layers),
+            KINDS[self.k.dtype], self.table.data_ptr(), len(layers),
             *data_pointers(x, self.padding_bias, self.condition_bias, self.scores),
             B, H, self.length + 1, self.max_length, E, len(layers[0].ff1.weight), self.condition_length)
         return x
@@ -100,9 +101,10 @@ class PackedCache(Cache):
             return data_pointers(module.weight, module.bias)
 
         def matrix(module):
-            return data_pointers(module.weight, module.scale)
+            return packed_pointers(module.weight) + data_pointers(module.scale)
         row = norm(layer.norm1) + matrix(layer.attn.qkv) + matrix(layer.attn.out)
-        row += data_pointers(self.k[n], self.k_scale[n], self.v[n], self.v_scale[n])
+        for numbers, scale in ((self.k[n], self.k_scale[n]), (self.v[n], self.v_scale[n])):
+            row += packed_pointers(numbers) + data_pointers(scale)
         row += norm(layer.norm2) + matrix(layer.ff1) + matrix(layer.ff2)
         if self.layers[n].condition is not None:
             keys, values = (t.contiguous() for t in self.layers[n].condition)
@@ -132,7 +134,8 @@ class PackedLayerCache:
         out = torch.empty_like(q)
         kernels().attend(
             KINDS[self.k.dtype], *data_pointers(q, k, v), H * E,
-            *data_pointers(self.k, self.k_scale, self.v, self.v_scale),
+            *packed_pointers(self.k), *data_pointers(self.k_scale),
+            *packed_pointers(self.v), *data_pointers(self.v_scale),
             *data_pointers(cache.padding_bias, cache.scores, out),
             B, H, cache.length + 1, cache.max_length, E)
         return out

@@ -16,9 +16,23 @@ from system.files import write_atomic
 KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}    # what kernels.c calls them
 
 
-def data_pointers(*tensors) -> list:
-    """Addresses of the numbers of contiguous tensors, for kernels.c; None for None."""
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+def data_pointers(*tensors, kinds=(torch.float32,)) -> list:
+    """Addresses of the numbers of tensors, for kernels.c; None for None.
+
+    kernels.c sees neither type nor order: raises TypeError for what is not on the CPU, contiguous and of one
+    of these kinds, rather than let it read past the end.
+    """
+    addresses = []
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in kinds and tensor.is_contiguous()):
+            raise TypeError(f"kernels.c: {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}")
+        addresses.append(None if tensor is None else tensor.data_ptr())
+    return addresses
+
+
+def packed_pointers(*tensors) -> list:
+    """Likewise of weights, keys and values, which may be of any of KINDS."""
+    return data_pointers(*tensors, kinds=KINDS)
 
 
 def has_bfloat16() -> bool:

@@ -138,11 +138,12 @@ class FusedLoops:
     def update_moments(self, g, m, v, s, lam):
         group, = self.param_groups
         b1, b2 = group["betas"]
-        sums = torch.zeros(3)
+        sums = torch.zeros(3, dtype=torch.float32)
         for gradient, *moments in zip(g, m, v, s):
             gradient = gradient.contiguous()
             pointers = data_pointers(gradient, *moments)
-            kernels().dadapt_moments(*pointers, gradient.numel(), lam, b1, b2, group["eps"], sums.data_ptr())
+            kernels().dadapt_moments(*pointers, gradient.numel(), lam, b1, b2, group["eps"],
+                                     *data_pointers(sums))
         return sums
 
     def update_weights(self, weights, m, v, shrink):

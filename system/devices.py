@@ -1,4 +1,6 @@
-"""Devices: which one to compute on, and where a module is."""
+"""Devices: which one to compute on, and where a module is; and settings of torch that a caller may have."""
+from contextlib import ExitStack, contextmanager
+
 import torch
 from torch import nn
 
@@ -19,6 +21,34 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device = {name!r}: not available on this machine; try --device=auto") from None
+
+
+@contextmanager
+def torch_defaults():
+    """Inside, or in a function that it decorates, torch is as in a new process, whatever the caller has set.
+
+    New tensors are float32 and on the CPU unless told otherwise, and there is no autocast: it would be
+    another music for the same seed. (The type is one for all threads: others see it change, too.)
+    """
+    before = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@contextmanager
+def inference():
+    """torch_defaults without gradients. (In torch.inference_mode a caller could not change the result.)"""
+    with torch_defaults(), torch.no_grad():
+        yield
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -2,20 +2,31 @@
 
     python -m pytest tests/test_process.py
 """
+import contextlib
 import json
+import random
 import shlex
+import warnings
 
+import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 
 from commands import command, preparing, refused, sampling, train_main
-from constants import TRAIN, flags
+from config import Config
+from constants import RATE, TRAIN, flags
 from data import tunes
 from data.audio import check_format, write_audio
+from encodec import EncodecModel
+from lm import LMModel
 from sample import MusicGen
+from speed.kernels import data_pointers
 from system.errors import UserError
 from system.files import check_writable
+from train import train
+from training_runs import settings
 
 
 # --- cheap checks come before dear work -------------------------------------------------------------------
@@ -92,3 +103,102 @@ def test_rates_that_a_format_does_not_have(tmp_path, name, rate):
 def test_rates_that_a_format_has(tmp_path, name, rate):
     write_audio(tmp_path / name, torch.zeros(1, 5000), rate)
     assert soundfile.info(tmp_path / name).samplerate == rate
+
+
+# --- settings of torch that the caller has ----------------------------------------------------------------
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SETTINGS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "warnings are errors": warnings.catch_warnings,
+}
+
+
+def play(model):
+    """Music with a melody at another rate and a prompt."""
+    melody = 0.3 * np.random.default_rng(0).standard_normal((1, 3000))
+    prompt = melody[:, :400].astype(np.float32)
+    return model.generate(["a flute", None], [melody, None], RATE // 2, prompt, RATE, 0.2)
+
+
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def model_and_music(world, request):
+    model = MusicGen.from_pretrained(world / "lm", "cpu", request.param)
+    return model, play(model)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_callers_settings_change_no_music(world, model_and_music, setting):
+    model, music = model_and_music
+    with SETTINGS[setting]():
+        if setting == "warnings are errors":
+            warnings.simplefilter("error")
+        before = torch.get_default_dtype(), torch.get_default_device(), torch.is_autocast_enabled("cpu")
+        if setting == "float16" or setting == "another device":
+            dtype = str(model.lm.lm_heads.weight.dtype).removeprefix("torch.")
+            model = MusicGen.from_pretrained(world / "lm", "cpu", dtype)
+        assert torch.equal(play(model), music)
+        after = torch.get_default_dtype(), torch.get_default_device(), torch.is_autocast_enabled("cpu")
+        assert after == before
+
+
+def test_the_callers_random_numbers_stay(model_and_music):
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+    model, _ = model_and_music
+    before = states()
+    model.generate(["a flute"], duration=0.1)
+    assert states() == before and torch.get_num_threads() == 1
+
+
+def test_a_result_may_be_changed_and_trained_on(model_and_music):
+    """Tensors of torch.inference_mode may not."""
+    model, _ = model_and_music
+    codes = model.generate_codes([None], duration=0.1)
+    wav = model.decode(codes)
+    wav *= 0.5
+    codes += 0
+    assert not wav.is_inference() and not codes.is_inference() and not wav.requires_grad
+
+
+def test_training_is_the_same_whatever_the_caller_has_set(training_data, lm_run, tmp_path):
+    with default_dtype(torch.float64), torch.autocast("cpu", torch.bfloat16):
+        train(Config(**settings(training_data, tmp_path / "out", "lm")))
+    expected, found = (load_file(out / "model.safetensors") for out in (lm_run, tmp_path / "out"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_was_loaded_in_inference_mode_can_be_trained(world):
+    with torch.inference_mode():
+        lm = LMModel.from_pretrained(world / "lm", torch.float32)
+        codec = EncodecModel.from_pretrained(world / "codec")
+    codes = torch.randint(lm.config.card, (1, lm.config.n_q, 20))
+    lm.train().loss(codes, {"text": ["a flute"], "melody": [None]})[0].backward()
+    reconstruction, _, commit = codec.train()(torch.randn(1, codec.channels, 400))
+    (reconstruction.square().mean() + commit).backward()
+    for module in (lm, codec):
+        torch.optim.SGD(module.parameters(), 0.1).step()
+        assert any(p.grad.abs().sum() > 0 for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.bfloat16),
+                                    torch.zeros(8, device="meta"), torch.zeros(8, 2)[:, 0]])
+def test_c_is_given_no_address_of_anything_else(tensor):
+    with pytest.raises(TypeError, match="kernels.c"):
+        data_pointers(torch.zeros(8), tensor)
