@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import torch
 
 from data.recordings import UNKNOWN, Recording
 from system.errors import UserError, as_user_error
@@ -81,6 +80,7 @@ def read_audio(path, sample_rate: int, channels: int, start: float = 0.0, durati
         raise UserError(f"{path}: no sound{at}" + (f"; {recording.problem}" if recording.problem else ""))
     if recording.problem:
         tell(f"{path}: {recording.end / recording.rate:.2f} s were read; {recording.problem}")
+    import torch    # two seconds that data/tunes.py does not need, which only writes
     return torch.from_numpy(np.ascontiguousarray(wav.T, dtype=np.float32))
 
 

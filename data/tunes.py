@@ -21,6 +21,7 @@ import soundfile
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
+from data.audio import to_int16
 from data.render import (INSTRUMENTS, SPLITS, draw_truth, fit, load_tunes, render_truth, render_tune, sidecar,
                          tunes_of)
 from system.command import Parser, run
@@ -30,7 +31,7 @@ from system.files import check_writable, write_atomic
 
 def write_wav(path: Path, wav: np.ndarray, sample_rate: int):
     def write(temporary):
-        soundfile.write(temporary, wav, sample_rate, subtype="PCM_16", format="WAV")
+        soundfile.write(temporary, to_int16(wav), sample_rate, subtype="PCM_16", format="WAV")
     write_atomic(path, write)
 
 

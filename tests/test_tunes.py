@@ -283,6 +283,15 @@ def test_a_mistake_ends_in_one_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_16_bits_are_rounded(tmp_path):
+    tunes.main(["--one", "Ode to Joy", "--seconds", "3", "--to", str(tmp_path / "x.wav")])
+    tune, rng = tune_called("ode-to-joy"), np.random.default_rng(0)
+    shift = render.fit(tune, "piano", tune.tonic)
+    _, wave = render.render_tune(tune, "piano", 104, shift, False, False, 3, RATE, rng, first_bar=0)
+    error = (soundfile.read(tmp_path / "x.wav")[0] - wave) * 2 ** 15     # in steps
+    assert np.abs(error).max() < 0.5 + 1e-3 and abs(error.mean()) < 0.01
+
+
 def test_the_asset_is_what_its_command_makes(tmp_path):
     done = run_tunes("--one", "Ode to Joy", "--instrument", "piano", "--seconds", "10",
                      "--to", tmp_path / "ode.wav")
