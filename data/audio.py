@@ -5,6 +5,7 @@
 import io
 import math
 import shlex
+import struct
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)     # Hz
 MOST_RATE = {".ogg": 200_000, ".flac": 655_350}     # Hz; beyond, libsndfile's ogg writer ends the process
 LOWEST, HIGHEST = 1000, 400_000     # Hz; beyond is damage or malice: to resample 2 GHz takes any memory
+TAGS = {"title": b"TIT2", "software": b"TSSE", "comment": b"COMM"}     # and what they are called in an mp3
+MAX_TAG = 500   # characters; of 2,048 bytes and more libsndfile makes a WAV file that it cannot read itself
 LOUD = 16.0     # no recording of samples within -1 and 1 has peaks beyond; one of 16-bit integers has
 
 
@@ -132,8 +135,12 @@ def check_format(path, sample_rate: int | None = None):
                         f"most; choose .wav")
 
 
-def write_audio(path, wav, sample_rate: int):
-    """Writes wave (C, L) as wav, flac, ogg or mp3, by the ending. A peak above 0.99 is scaled down."""
+def write_audio(path, wav, sample_rate: int, tags: dict | None = None):
+    """Writes wave (C, L) as wav, flac, ogg or mp3, by the ending. A peak above 0.99 is scaled down.
+
+    tags: texts by their names, those of TAGS, which the file carries; of each the first MAX_TAG characters.
+    Raises UserError naming the file that cannot be written.
+    """
     check_format(path, sample_rate)
     suffix = Path(path).suffix.lower()
     wav = wav.detach().float().cpu()
@@ -145,8 +152,29 @@ def write_audio(path, wav, sample_rate: int):
     buffer = io.BytesIO()  # not the file itself: libsndfile reports no error when the disk is full
     if subtype == "PCM_16":
         samples = to_int16(samples)
+    texts = {name: as_tag(text) for name, text in (tags or {}).items() if text}
     with as_user_error(f"{path}: cannot be written"):
         with soundfile.SoundFile(buffer, "w", sample_rate, samples.shape[1], subtype, format=kind) as file:
+            for name, text in texts.items() if kind != "MP3" else ():
+                setattr(file, name, text)
             for i in range(0, len(samples), 2 ** 16):  # libsndfile's ogg writer fails on long blocks
                 file.write(samples[i:i + 2 ** 16])
-        write_atomic(path, buffer.getvalue())
+        in_front = id3(texts) if kind == "MP3" and texts else b""
+        write_atomic(path, in_front + buffer.getvalue())
+
+
+def as_tag(text: str) -> str:
+    """A text as the tags of all formats can hold it: no NUL, no half characters, not too long."""
+    return text[:MAX_TAG].replace("\0", " ").encode("utf-8", "replace").decode()
+
+
+def id3(texts: dict) -> bytes:
+    """Tags as ID3 2.3 in UTF-16, for the beginning of an mp3: libsndfile's own can only be Latin-1."""
+    frames = b""
+    for name, text in texts.items():
+        description = "".encode("utf-16") + b"\0\0"      # an empty one, of the comment
+        language = b"eng" + description if name == "comment" else b""
+        content = b"\1" + language + text.encode("utf-16")
+        frames += TAGS[name] + struct.pack(">IH", len(content), 0) + content
+    size = [len(frames) >> shift & 127 for shift in (21, 14, 7, 0)]
+    return b"ID3\3\0\0" + bytes(size) + frames

@@ -82,6 +82,40 @@ def test_16_bits_are_rounded(suffix, tmp_path):
     assert abs(error.square().mean() - 1 / 12) < 1e-3
 
 
+SUFFIXES = [".wav", ".flac", ".ogg", ".mp3"]
+TITLES = {
+    "plain": "a slow flute tune",
+    "Unicode": "Übung № 7: ein Lied 🎵 für 二胡",
+    "lines": "first line\nsecond\r\nthird\ttab",
+    "long": "ä🎵" * 5000,
+    "NUL": "before\0after",
+    "half a character": "x\ud83dy",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("title", TITLES.values(), ids=TITLES)
+def test_tags_are_read_back(suffix, title, tmp_path):
+    tags = dict(title=title, software="nanoMusicGen, model tiny 12345678, seed 3", comment="AI-generated")
+    wav = wave(0.5, 16000, 2)
+    write_audio(tmp_path / f"x{suffix}", wav, 16000, tags)
+    write_audio(tmp_path / f"plain{suffix}", wav, 16000)
+    expected = title[:500].replace("\0", " ").replace("\ud83d", "?")
+    with soundfile.SoundFile(tmp_path / f"x{suffix}") as file:
+        assert file.title == expected
+        assert file.software.startswith(tags["software"]) and file.comment == tags["comment"]
+    again = read_audio(tmp_path / f"x{suffix}", 16000, 2)
+    assert torch.equal(again, read_audio(tmp_path / f"plain{suffix}", 16000, 2))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_without_tags_nothing_is_said(suffix, tmp_path):
+    write_audio(tmp_path / f"x{suffix}", wave(0.5, 16000), 16000)
+    with soundfile.SoundFile(tmp_path / f"x{suffix}") as file:
+        assert not file.title and not file.comment and "nano" not in file.software
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 def samples(value):
