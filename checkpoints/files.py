@@ -5,6 +5,8 @@
 A checkpoint is a directory with config.json and model.safetensors; those of others may come in shards or as
 .bin. How transformers' and audiocraft's formats differ from ours: codec_formats.py and lm_formats.py.
 """
+import hashlib
+import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +123,16 @@ def _weight_files(directory: Path) -> list[Path]:
                 raise UserError(f"{index}: its weight_map must name files beside it")
             return [directory / n for n in sorted(set(names.values()))]
     raise UserError(f"{directory}: has no model.safetensors, pytorch_model.bin or state_dict.bin")
+
+
+def version_of(directory) -> str:
+    """Eight hexadecimal digits by which a version of a checkpoint's weights is known from any other.
+
+    Of the last megabyte of a file: training changes every tensor, and archives end with checksums of all.
+    """
+    with open(_weight_files(Path(directory))[-1], "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2 ** 20))
+        return hashlib.sha256(file.read()).hexdigest()[:8]
 
 
 def _tensors_of(path, prefix: str):

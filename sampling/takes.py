@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoints.files import open_checkpoint, version_of
 from config import Config
 from data.audio import check_format
 from system.errors import UserError
@@ -98,6 +99,19 @@ def command_of(flags: dict) -> str:
         elif (name, value) != ("checkpoint", str(DEFAULT_CHECKPOINT)):
             words += [f"--{name}", str(value)]
     return shlex.join(words)
+
+
+def tags_of(args, text, seed: int) -> dict:
+    """What the file of an item says itself (see `write_audio`); nothing with --no_tags.
+
+    Of a model's directory only the name: where it lies is nobody's business.
+    """
+    if args.no_tags:
+        return {}
+    directory = open_checkpoint(args.checkpoint)
+    name = directory.resolve().name if Path(args.checkpoint).expanduser().is_dir() else args.checkpoint
+    model = f"model {name} {version_of(directory)}"
+    return dict(title=text or "music", software=f"nanoMusicGen, {model}, seed {seed}", comment="AI-generated")
 
 
 # --- codes ------------------------------------------------------------------------------------------------
