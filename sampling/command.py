@@ -16,7 +16,7 @@ from checkpoints.lm_formats import export_transformers, read_config
 from config import FIELDS
 from data.audio import check_format, check_recording, read_audio, write_audio
 from lm import LMModel
-from sampling.takes import (DEFAULT_CHECKPOINT, files_of, metadata, output_names, read_codes,
+from sampling.takes import (DEFAULT_CHECKPOINT, files_of, metadata, output_names, read_codes, tags_of,
                             write_codes)
 from system.command import Parser
 from system.errors import UserError
@@ -70,6 +70,7 @@ def parse(MusicGen, argv):
         help="torch.compile the layers, but on a CPU with a C compiler, where kernels.c is faster")
     add("--overwrite", action="store_true", help="replace an existing --out or --page")
     add("--keep_partial", action="store_true", help="Ctrl-C ends with what is finished, not with nothing")
+    add("--no_tags", action="store_true", help="write no title, model and seed into the audio files")
     add("--export", metavar="DIR",
         help="write the checkpoint small, as it is shipped (int8 and float16), and stop")
     add("--export_hf", metavar="DIR", help="write the checkpoint for transformers, and stop")
@@ -95,6 +96,7 @@ def main(MusicGen, argv):
 
     check_files(args, melodies, outs)
     model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile)
+    tags = [tags_of(args, *item) for item in zip(texts, seeds)]
     chromas = read_melodies(model, args, melodies)
     prompt = read_prompt(model, args, len(texts))
     interrupted = catch_interrupt() if args.keep_partial else []
@@ -104,7 +106,7 @@ def main(MusicGen, argv):
         raise UserError("interrupted before the first frame was whole: nothing is written")
     wav = model.decode(codes, args.duration)                                # (B, C, L)
     for i, out in enumerate(outs):
-        write_audio(out, wav[i], model.sample_rate)
+        write_audio(out, wav[i], model.sample_rate, tags[i])
         if args.save_codes:
             write_codes(out.with_suffix(".npz"), codes[i])
         about = metadata(args, texts[i], melodies[i], seeds[i], out, model.config)

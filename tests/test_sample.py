@@ -4,14 +4,17 @@
 """
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 
+from checkpoints.files import version_of
 from commands import command, refused, sample_main, sampling, worked
 from config import Config
 from constants import CODEC, LM, RATE, ROOT
@@ -303,6 +306,33 @@ def test_formats(world, tmp_path, suffix):
     worked(sampling(world, "--duration", "0.5", "--out", f"x.{suffix}", cwd=tmp_path))
     wav = read_audio(tmp_path / f"x.{suffix}", RATE, 1)
     assert abs(wav.shape[-1] - 4000) < 2400 and wav.abs().max() <= 1.0
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_results_say_what_they_are(world, tmp_path, suffix):
+    argv = ["--text", "Flöte", "--text", "b", "--seed", "3", "--out", f"x.{suffix}"]
+    worked(sampling(world, *argv, cwd=tmp_path))
+    with soundfile.SoundFile(tmp_path / f"x_0.{suffix}") as file:
+        assert file.title == "Flöte" and file.comment == "AI-generated"
+        software = f"nanoMusicGen, model lm {version_of(world / 'lm')}, seed 3"
+        assert file.software.startswith(software) and str(world) not in file.software
+    with soundfile.SoundFile(tmp_path / f"x_1.{suffix}") as file:
+        assert file.title == "b" and "seed 4" in file.software
+    worked(sampling(world, *argv, "--no_tags", "--overwrite", cwd=tmp_path))
+    data = (tmp_path / f"x_0.{suffix}").read_bytes()
+    assert b"nano" not in data and b"AI-gen" not in data and "Flöte".encode() not in data
+    assert "--no_tags" in json.loads((tmp_path / "x_0.json").read_text())["command"]
+
+
+def test_another_version_of_a_model_is_told_apart(world, tmp_path):
+    folder = shutil.copytree(world / "lm", tmp_path / "lm")
+    assert version_of(folder) == version_of(world / "lm")
+    lm = LMModel.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter += 1e-3
+    lm.save(folder)
+    assert version_of(folder) != version_of(world / "lm")
 
 
 def test_a_batch_and_a_continued_take(world, tmp_path):
