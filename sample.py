@@ -76,7 +76,7 @@ class MusicGen:
             os.environ.setdefault(variable, "16")
         if dtype not in cls.DTYPES:
             raise UserError(f"dtype {dtype!r}: must be one of {', '.join(cls.DTYPES)}")
-        device, directory = pick_device(device), open_checkpoint(name_or_dir)
+        device, directory = pick_device(device), open_checkpoint(name_or_dir, with_codec=True)
         if dtype == "auto":
             dtype = fastest_dtype(device) if fastest_dtype else "float32"
         if dtype == "int8" and device.type != "cpu":

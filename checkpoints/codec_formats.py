@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from checkpoints.files import (
-    is_audiocraft, load_strict, look_up, open_checkpoint, read_audiocraft, read_tensors, shapes_only,
-    write_tensors)
+    is_audiocraft, load_strict, look_up, open_checkpoint, read_audiocraft, read_tensors, refuse_half,
+    shapes_only, write_tensors)
 from config import Config
 from system.errors import UserError, as_user_error
 from system.files import read_json, write_atomic
@@ -127,9 +127,7 @@ def read_codec(name, dtype=None, named_by=None) -> tuple[Config, dict, str]:
             return read_codec(tree["pretrained"], dtype, named_by=name)
         tensors = {key: value.to(dtype or value.dtype) for key, value in tensors.items()}  # all are floating
         return config_of(values_from_audiocraft(tree, name), name), current_spelling(tensors), "audiocraft"
-    if is_audiocraft(directory, "state_dict.bin"):
-        raise UserError(f"{name}: has a language model (state_dict.bin) without its codec; put the file "
-                        f"compression_state_dict.bin of the same model beside it")
+    refuse_half(directory, name)
     if not (directory / "config.json").is_file():
         raise UserError(f"{name}: has no config.json and no compression_state_dict.bin, so no codec we know")
     values = read_json(directory / "config.json")

@@ -58,14 +58,18 @@ class NoInitialNumbers(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def open_checkpoint(name) -> Path:
+def open_checkpoint(name, with_codec: bool = False) -> Path:
     """A directory as it is, or a hub id downloaded to (or found in) huggingface_hub's cache -> directory.
 
-    Raises UserError for what is neither, and for an adapter of PEFT, which is no whole model.
+    Raises UserError for what is neither, and for an adapter of PEFT, which is no whole model. with_codec:
+    also for a model that has no codec and names none that is found, which is cheap to tell before it is read.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return refuse_adapter(path, name)
+        directory = refuse_adapter(path, name)
+        if with_codec:
+            find_codec(directory, name)
+        return directory
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)):
         raise UserError(f"{name}: neither a directory nor a Hugging Face id such as facebook/musicgen-melody")
     from huggingface_hub import snapshot_download
@@ -86,6 +90,23 @@ def refuse_adapter(directory: Path, name) -> Path:
         raise UserError(f"{name}: holds an adapter of PEFT for {base!r:.80}, not a whole model; merge it "
                         f"into that model (PEFT's merge_and_unload) and save the result")
     return directory
+
+
+def find_codec(directory: Path, name):
+    """Raises UserError for a model in audiocraft's format or ours without a codec."""
+    refuse_half(directory, name)
+    if (directory / "config.json").is_file() and not (directory / "codec").is_dir():
+        values = read_json(directory / "config.json")
+        if "model_type" not in values and isinstance(values.get("codec"), str):
+            open_checkpoint(values["codec"])
+
+
+def refuse_half(directory: Path, name):
+    """Raises UserError for a language model of audiocraft without its codec, which lies beside it."""
+    if is_audiocraft(directory, "state_dict.bin"):
+        if not (directory / "compression_state_dict.bin").is_file():
+            raise UserError(f"{name}: has a language model (state_dict.bin) without its codec; put the file "
+                            f"compression_state_dict.bin of the same model beside it")
 
 
 def refuse_pointer(path: Path):

@@ -230,6 +230,8 @@ def generation_settings(path) -> dict:
     values = read_json(path) if path.is_file() else {}
     settings = dict(cfg_coef=values.get("guidance_scale"), top_k=values.get("top_k"),
                     temperature=values.get("temperature"))
+    if values.get("do_sample") is False:    # greedy, whatever the others say
+        settings["temperature"] = 0.0
     if values.get("top_k") == 0 and values.get("top_p") != 1.0:
         settings["top_p"] = values.get("top_p")
     return known({key: value for key, value in settings.items() if value is not None}, path)

@@ -126,7 +126,7 @@ def export(MusicGen, args):
     for directory in (args.export, args.export_hf):
         if directory:
             check_writable(Path(directory) / "config.json")
-    lm = LMModel.from_pretrained(args.checkpoint)
+    lm = LMModel.from_pretrained(open_checkpoint(args.checkpoint, with_codec=True))
     codec = MusicGen.load_codec(args.checkpoint, lm)
     if args.export:
         MusicGen(lm, codec).save(args.export, compact=True)

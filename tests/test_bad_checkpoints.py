@@ -331,6 +331,22 @@ def test_a_language_model_of_audiocraft_without_its_codec(world, tmp_path, more)
     refused(command(load_codec, folder), str(folder), "compression_state_dict.bin", "beside it")
 
 
+@pytest.mark.parametrize("flag", [(), ("--export", "x"), ("--export_hf", "x")])
+@pytest.mark.parametrize("kind", ["audiocraft", "ours"])
+def test_a_missing_codec_is_told_before_the_language_model_is_read(world, tmp_path, kind, flag):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if kind == "audiocraft":
+        (folder / "state_dict.bin").write_bytes(b"would be an error by itself")
+        named = "compression_state_dict.bin"
+    else:
+        (folder / "config.json").write_bytes(
+            values(codec="gone/far/away")((world / "lm" / "config.json").read_bytes()))
+        (folder / "model.safetensors").write_bytes(b"would be an error by itself")
+        named = "gone/far/away"
+    refused(sampling(world, "--text", "a", "--checkpoint", folder, *flag, cwd=tmp_path), named)
+
+
 SHARDS = {  # weight_map of model.safetensors.index.json
     "escaping": {"x": "../lm/model.safetensors"},
     "absolute": {"x": "/etc/passwd"},

@@ -313,6 +313,8 @@ def test_sampling_is_as_generation_config_says(tmp_path):
     assert sampling(generation(tmp_path, guidance_scale=None, top_k=0, top_p=0.9)) == (3.0, 0, 1.0, 0.9)
     assert sampling(generation(tmp_path, top_k=0, top_p=1.0)) == (3.0, 0, 1.0, 0.0)
     assert sampling(generation(tmp_path, top_k=50, top_p=0.9)) == (3.0, 50, 1.0, 0.0)
+    assert sampling(generation(tmp_path, do_sample=True, temperature=0.7)) == (3.0, 250, 0.7, 0.0)
+    assert sampling(generation(tmp_path, do_sample=False, temperature=0.7)) == (3.0, 250, 0.0, 0.0)
     for values in (dict(guidance_scale="x"), dict(top_k=-1), dict(top_k=2.5), dict(temperature=[1])):
         with pytest.raises(UserError, match="generation_config.json: (cfg_coef|top_k|temperature) = "):
             generation(tmp_path, **values)
