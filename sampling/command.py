@@ -19,7 +19,7 @@ from lm import LMModel
 from sampling.takes import (DEFAULT_CHECKPOINT, files_of, metadata, output_names, read_codes, tags_of,
                             write_codes)
 from system.command import Parser
-from system.errors import UserError
+from system.errors import UserError, naming
 from system.files import check_writable, write_atomic
 
 
@@ -184,7 +184,8 @@ def read_melodies(model, args, melodies) -> list:
     for path in melodies:
         if path not in chroma:
             wav = read_audio(path, model.sample_rate, 1, duration=max_seconds(model, args))
-            chroma[path] = model.melody_chroma(wav, stem=args.stem)
+            with naming(f"--melody {path}"):
+                chroma[path] = model.melody_chroma(wav, stem=args.stem)
     return [chroma[path] for path in melodies]
 
 
@@ -193,7 +194,8 @@ def read_prompt(model, args, B: int):
     if args.prompt:
         wav = read_audio(args.prompt, model.sample_rate, model.config.channels,
                          duration=max_seconds(model, args))
-        return model.encode_prompt(wav, None, B)
+        with naming(f"--prompt {args.prompt}"):
+            return model.encode_prompt(wav, None, B)
     if args.continue_from:
         return read_codes(args.continue_from, model.config).expand(B, -1, -1)
     return None

@@ -27,3 +27,12 @@ def as_user_error(sentence: str):
     except Exception as error:
         reason = " ".join(str(error).split())[:MAX_REASON]
         raise UserError(f"{sentence} ({type(error).__name__}: {reason})") from None
+
+
+@contextlib.contextmanager
+def naming(culprit):
+    """Puts the name of a file before what a UserError inside says of what was read from it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{culprit}: {error}") from None

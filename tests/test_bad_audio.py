@@ -131,6 +131,13 @@ def test_audio_as_a_prompt(world, corpus, model, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("wave, said", [
+    (30_000 * tone(), "peak of"), (tone(0.001), "shorter than one frame")], ids=["integers", "short"])
+def test_what_is_wrong_with_the_wave_of_a_prompt_is_said_with_its_name(world, model, tmp_path, wave, said):
+    (tmp_path / "odd.wav").write_bytes(encoded(subtype="FLOAT", wave=wave))
+    refused(sampling(world, "--prompt", "odd.wav", "--out", "x.wav", cwd=tmp_path), "odd.wav", said)
+
+
 @pytest.mark.parametrize("demo", [encodec_demo, chroma.main], ids=["encodec", "chroma"])
 @pytest.mark.parametrize("name", ["8 channels.wav", "one sample.wav", "192000 Hz.wav", "silent.wav",
                                   *list(BAD)[::3], *ODD])
