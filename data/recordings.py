@@ -25,6 +25,7 @@ import mmap
 import os
 import re
 import struct
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -304,6 +305,8 @@ class Link(NamedTuple):
     end: int
     pages: np.ndarray   # (n, 2): place and granule of the pages where decoding can begin
     complete: bool      # whether its last page says that it is the last
+    count: int          # pages, those that are lost as well
+    lost: int           # pages that are damaged or not there
 
 
 class Ogg:
@@ -347,27 +350,51 @@ class Ogg:
     def problem(self, rate: int) -> str | None:
         if self.other_kinds:
             return f"{self.other_kinds} of the files that it is joined of are of another kind"
+        lost, count = sum(link.lost for link in self.links), sum(link.count for link in self.links)
+        if lost:
+            about = sum(self.lengths) / rate * lost / count
+            return f"{lost} of its {count} pages are damaged or missing, about {about:.2f} s"
         if not self.links[-1].complete:
             return "its last page is missing"
         return None
+
+
+REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def is_intact(page: bytes) -> bool:
+    """Whether the checksum of a page is right: a CRC-32 as that of zlib, with the bits in the other order."""
+    bits = (page[:22] + bytes(4) + page[26:]).translate(REVERSED)
+    checksum = zlib.crc32(bits, 2 ** 32 - 1) ^ 2 ** 32 - 1
+    return int(f"{checksum:032b}"[::-1], 2) == int.from_bytes(page[22:26], "little")
 
 
 def split_links(data) -> list[Link]:
     """The links of an Ogg file. Pages that are damaged are passed over."""
     links, at, previous = [], data.find(b"OggS"), None
     while at >= 0 and at + 27 <= len(data):
-        flags, granule, count = data[at + 5], *struct.unpack("<q", data[at + 6:at + 14]), data[at + 26]
+        flags, granule, _, number = struct.unpack("<BqII", data[at + 5:at + 22])
+        count = data[at + 26]
         lacing = data[at + 27:at + 27 + count]
         end = at + 27 + count + sum(lacing)
         if end > len(data):
             break
+        intact = is_intact(data[at:end])        # else whoever decodes passes it over
         if flags & 2 and not (previous is not None and previous & 2):   # the first page of a stream
             head = data[at + 27 + count:at + 35 + count]
             packets = 3 if head[:7] == b"\1vorbis" else 2 if head == b"OpusHead" else None
-            links.append(dict(begin=at, sound=end, pages=[], packets=packets, streams=0))
+            links.append(dict(begin=at, sound=end, pages=[], packets=packets, streams=0, lost=0, count=0,
+                              next=0))
         if links:
             link = links[-1]
             link["streams"] += bool(flags & 2)
+            if intact and link["pages"] and link["streams"] == 1:   # radio has any number behind the headers
+                gap = max(0, number - link["next"])
+                link["lost"] += gap
+                link["count"] += gap
+            link["lost"] += not intact
+            link["count"] += 1
+            link["next"] = number + 1 if intact else link["next"] + 1
             if link["packets"] is not None and link["packets"] > 0:     # of the headers
                 link["packets"] -= sum(length < 255 for length in lacing)
                 link["sound"] = end
@@ -380,7 +407,8 @@ def split_links(data) -> list[Link]:
     for link in links:
         seekable = link["packets"] is not None and link["streams"] == 1
         pages = np.array(link["pages"] if seekable else [], np.int64).reshape(-1, 2)
-        found.append(Link(link["begin"], link["sound"], link["end"], pages, link["complete"]))
+        found.append(Link(link["begin"], link["sound"], link["end"], pages, link["complete"],
+                          link["count"], link["lost"]))
     return found
 
 

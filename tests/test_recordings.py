@@ -5,6 +5,7 @@
 import functools
 import io
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -203,6 +204,16 @@ def test_files_that_do_not_say_how_long_they_are(name, tmp_path, capfd):
 
 # --- damaged files: what is good, and a word --------------------------------------------------------------
 
+def checksum(page: bytes) -> int:
+    """The CRC-32 of a page of Ogg, bit by bit."""
+    value = 0
+    for byte in patched(page, 22, "<I", 0):
+        value ^= byte << 24
+        for _ in range(8):
+            value = value << 1 ^ (0x104c11db7 if value >> 31 else 0)
+    return value
+
+
 def half(data: bytes) -> bytes:
     return data[:len(data) // 2]
 
@@ -216,6 +227,9 @@ DAMAGED = {     # (bytes, seconds that can be read at least)
     "cut.ogg": (half(KINDS["vorbis.ogg"]), 4),
     "another rate behind.ogg": (KINDS["vorbis.ogg"] + KINDS["stereo.ogg"], 11.9),
     "cut.opus": (half(KINDS["opus.ogg"]), 4),
+    "page.ogg": (flipped(KINDS["vorbis.ogg"], len(KINDS["vorbis.ogg"]) // 2), 9),
+    "page.opus": (flipped(KINDS["opus.ogg"], len(KINDS["opus.ogg"]) // 2), 10),
+    "last page.opus": (flipped(KINDS["opus.ogg"], KINDS["opus.ogg"].rindex(b"OggS") + 60), 11),
     "cut.flac": (half(FLAC), 4.5),
     "cut, length unknown.flac": (half(UNSIZED["length unknown.flac"]), 4.5),
     "damaged.flac": (flipped(FLAC, 3 * len(FLAC) // 4), 8),
@@ -240,6 +254,32 @@ def test_what_is_good_of_a_damaged_file_is_read_and_the_rest_is_named(name, tmp_
     assert lines[0].startswith(f"{path}: {read:.2f} s were read; ")
     read_audio(path, 16000, 1, 1.0, 1.0)
     assert not capsys.readouterr().err      # nothing is wrong there
+
+
+@pytest.mark.parametrize("name", ["page.ogg", "page.opus", "page missing.ogg"])
+def test_a_damaged_page_is_told_wherever_reading_began(name, tmp_path, capsys):
+    """As data/prepare.py reads a long recording: in pieces, of which only the last one comes to the end."""
+    if "missing" in name:
+        data = KINDS["vorbis.ogg"]
+        pages = [match.start() for match in re.finditer(b"OggS", data)]
+        data = data[:pages[7]] + data[pages[8]:]
+    else:
+        data = DAMAGED[name][0]
+    (tmp_path / name).write_bytes(data)
+    read_audio(tmp_path / name, 16000, 1, 11.0)
+    assert f"{name}: 12.00 s were read; 1 of its 1" in capsys.readouterr().err
+
+
+def test_pages_of_radio_begin_with_any_number(tmp_path, capsys):
+    data, later = KINDS["vorbis.ogg"], b""
+    pages = [match.start() for match in re.finditer(b"OggS", data)] + [len(data)]
+    for n, (begin, end) in enumerate(zip(pages, pages[1:])):
+        page = patched(data[begin:end], 18, "<I", n + (5000 if n > 2 else 0))
+        later += patched(page, 22, "<I", checksum(page))
+    (tmp_path / "x.ogg").write_bytes(later)
+    assert np.array_equal(whole(tmp_path / "x.ogg")[-44100:], sequential(data)[-44100:])
+    read_audio(tmp_path / "x.ogg", 44100, 1)
+    assert "damaged" not in capsys.readouterr().err
 
 
 def test_a_crop_far_inside_costs_no_more_than_one_in_front(tmp_path):
