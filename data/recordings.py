@@ -313,20 +313,9 @@ class Ogg:
     """The pages of an Ogg file, Vorbis or Opus or another coding."""
 
     def __init__(self, data, path):
-        self.links, self.lengths = [], []
         links = split_links(data)
-        for link in links:
-            try:
-                with Decoder(Spliced(path, [(link.begin, link.end)])) as file:
-                    like = file.samplerate, file.channels, file.subtype
-                    frames = file.frames
-            except soundfile.LibsndfileError:   # a video, say, or damaged
-                break
-            if self.links and like != self.like:
-                break
-            self.like = like
-            self.links.append(link)
-            self.lengths.append(frames)
+        self.like, self.lengths = lengths_of(path, [(link.begin, link.end) for link in links])
+        self.links = links[:len(self.lengths)]
         self.other_kinds = len(links) - len(self.links)
 
     def open(self, path, n: int, start: int):
@@ -349,7 +338,7 @@ class Ogg:
 
     def problem(self, rate: int) -> str | None:
         if self.other_kinds:
-            return f"{self.other_kinds} of the files that it is joined of are of another kind"
+            return other_kinds(self.other_kinds)
         lost, count = sum(link.lost for link in self.links), sum(link.count for link in self.links)
         if lost:
             about = sum(self.lengths) / rate * lost / count
@@ -412,6 +401,60 @@ def split_links(data) -> list[Link]:
     return found
 
 
+# --- files joined of several ------------------------------------------------------------------------------
+
+def lengths_of(path, places: list[tuple[int, int]]) -> tuple[tuple, list[int]]:
+    """(rate, channels, coding) and the lengths of the files that one is joined of, as far as they are alike."""
+    like, lengths = None, []
+    for place in places:
+        try:
+            with Decoder(Spliced(path, [place])) as file:
+                kind, frames = (file.samplerate, file.channels, file.subtype), file.frames
+        except soundfile.LibsndfileError:   # a video, say, or damaged
+            break
+        if like not in (None, kind):
+            break
+        like = kind
+        lengths.append(frames)
+    return like, lengths
+
+
+def other_kinds(n: int) -> str:
+    return f"{n} of the files that it is joined of are of another kind"
+
+
+class Waves:
+    """WAV files, one behind the other."""
+
+    def __init__(self, path, places: list[tuple[int, int]]):
+        like, self.lengths = lengths_of(path, places)
+        self.links = [Plain(seeks_exactly(like[2]), [place]) for place in places[:len(self.lengths)]]
+        self.other_kinds = len(places) - len(self.links)
+        with self.links[-1].open(path, 0, 0)[0] as file:
+            self.claim = claim_of(file.extra_info)
+
+    def open(self, path, n: int, start: int):
+        return self.links[n].open(path, 0, start)
+
+    def problem(self, rate: int) -> str | None:
+        return other_kinds(self.other_kinds) if self.other_kinds else self.claim
+
+
+def places_of_waves(path, size: int) -> list[tuple[int, int]]:
+    """Where the WAV files are that a file is joined of; what is behind them and no WAV file is left out."""
+    places, at = [], 0
+    with open(path, "rb") as file:
+        while at + 44 < size:
+            file.seek(at)
+            name, length, kind = struct.unpack("<4sI4s", file.read(12))
+            if (name, kind) != (b"RIFF", b"WAVE"):
+                break
+            end = min(at + 8 + length + length % 2, size)
+            places.append((at, end))
+            at = end
+    return places
+
+
 # --- all others -------------------------------------------------------------------------------------------
 
 class Plain:
@@ -440,6 +483,10 @@ class Plain:
         return self.claim
 
 
+def seeks_exactly(coding: str) -> bool:
+    return coding.startswith("PCM") or coding in EXACT
+
+
 def empty_chunk(head: bytes, size: int) -> int | None:
     """Where the size of the samples of a WAV file is, if it is 0 though samples follow."""
     at, place = 12, None
@@ -456,9 +503,10 @@ def empty_chunk(head: bytes, size: int) -> int | None:
 @functools.lru_cache(64)
 def source_of(path, size: int, time: int):
     """(source, rate, channels) of a file; size and time show when it has changed."""
+    waves = places_of_waves(path, size)
     try:
-        with Decoder(os.fsencode(path)) as file:
-            source = structure_of(file, path, size)
+        with Decoder(Spliced(path, waves[:1]) if len(waves) > 1 else os.fsencode(path)) as file:
+            source = Waves(path, waves) if len(waves) > 1 else structure_of(file, path, size)
     except soundfile.LibsndfileError:
         source = repaired(path, size)
         if source is None:
@@ -481,7 +529,7 @@ def structure_of(file, path, size: int):
             source = Ogg(data, path)
         if source.links:
             return source
-    exact = soundfile.SoundFile.seekable(file) and (file.subtype.startswith("PCM") or file.subtype in EXACT)
+    exact = soundfile.SoundFile.seekable(file) and seeks_exactly(file.subtype)
     source = Plain(exact, claim=claim_of(file.extra_info))
     source.flac = path if file.format == "FLAC" else None
     head = head_of(path)

@@ -179,6 +179,17 @@ def test_chained_ogg_files_are_read_one_after_the_other(coding, rate, tmp_path):
     assert np.array_equal(crop(tmp_path / "x.ogg", 6 * rate, 8 * rate), wave[6 * rate:14 * rate])
 
 
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT", "IMA_ADPCM"])
+def test_joined_wav_files_are_read_one_after_the_other(subtype, tmp_path, capfd):
+    parts = [encoded("WAV", subtype, seconds=seconds, seed=seconds) for seconds in (3, 5, 4)]
+    (tmp_path / "x.wav").write_bytes(b"".join(parts))
+    wave = np.concatenate([sequential(part) for part in parts])
+    assert np.array_equal(whole(tmp_path / "x.wav"), wave)
+    same_in_crops(tmp_path / "x.wav", wave)
+    assert read_audio(tmp_path / "x.wav", 44100, 1).shape[1] == len(wave)
+    assert seconds_of(tmp_path / "x.wav") == len(wave) / 44100 and not capfd.readouterr().err
+
+
 FLAC = KINDS["x.flac"]
 PCM = KINDS["x.wav"]
 LIST = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf58.29.100\0"
@@ -235,7 +246,8 @@ DAMAGED = {     # (bytes, seconds that can be read at least)
     "damaged.flac": (flipped(FLAC, 3 * len(FLAC) // 4), 8),
     "joined.flac": (FLAC + FLAC, 11.9),
     "cut.wav": (half(PCM), 5.9),
-    "joined.wav": (PCM + PCM, 11.9),
+    "joined, cut.wav": (PCM + half(PCM), 17.9),
+    "joined with another.wav": (PCM + encoded("WAV", "PCM_16", rate=22050), 11.9),
     "cut.aiff": (half(KINDS["x.aiff"]), 5.9),
     "cut.caf": (half(encoded("CAF", "PCM_16")), 5.9),
     "cut.w64": (half(encoded("W64", "PCM_16")), 5.9),
