@@ -64,7 +64,7 @@ def open_checkpoint(name, with_codec: bool = False) -> Path:
     Raises UserError for what is neither, and for an adapter of PEFT, which is no whole model. with_codec:
     also for a model that has no codec and names none that is found, which is cheap to tell before it is read.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))   # Path's own raises an error where there is no home
     if path.is_dir():
         directory = refuse_adapter(path, name)
         if with_codec:

@@ -57,7 +57,7 @@ from system.command import Parser, run
 from system.devices import pick_device
 from system.errors import UserError
 from system.files import check_writable, write_atomic
-from system.processes import barrier, process_count, rank
+from system.processes import barrier, join, launched, process_count, rank
 
 try:
     from speed import optimize_codec
@@ -362,9 +362,9 @@ def resolve_settings(args) -> tuple[Config, EncodecModel, dict]:
 
 def join_processes(device: torch.device) -> torch.device:
     """Connects the processes that torchrun has started, if it has; returns the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not launched() or os.environ["WORLD_SIZE"] == "1":
         return device
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    join("gloo", datetime.timedelta(days=30))
     if device.type == "cuda":
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return device

@@ -51,7 +51,7 @@ def kernels():
         if not path.is_file():
             write_atomic(path, lambda temporary: build(source, temporary))
         library = ctypes.CDLL(str(path))
-    except (OSError, UserError, subprocess.SubprocessError):
+    except (OSError, UserError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: there is no home
         return None
     declare(library)
     return library

@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 a mistake of the caller's (one sentence on stderr), 130 in
 nobody reads the output any more.
 """
 import argparse
+import contextlib
 import ctypes
 import os
 import platform
@@ -27,8 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main, *args):
     """main(*args); what the caller can put right becomes one sentence on stderr and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    prepare_streams()
     disable_malloc_trim()
     try:
         result = main(*args)
@@ -37,7 +37,8 @@ def run(main, *args):
     except UserError as error:
         sentence = str(error)
     except BrokenPipeError:  # `| head` closed the pipe; Python would flush once more, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = open(os.devnull, "w")
+        os.dup2(sys.stdout.fileno(), 1)
         sys.exit(1)
     except OSError as error:
         sentence = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -50,8 +51,23 @@ def run(main, *args):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     lines = [line.strip() for line in sentence.splitlines()]
-    print(f"{Path(sys.argv[0]).name}:", *lines, file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be what fails
+        print(f"{Path(sys.argv[0]).name}:", *lines, file=sys.stderr)
     sys.exit(2)
+
+
+def prepare_streams():
+    """Makes stdout and stderr fit to be written to: closed (`>&-`), None (pythonw), those of a notebook."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:     # else the next file that is opened gets this number, and what C libraries print
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")   # names of files need not be UTF-8
 
 
 def disable_malloc_trim():

@@ -1,8 +1,32 @@
 """The processes of one run, as torchrun starts them: how many, which one this is, and what they exchange."""
+import os
+
 import torch
 import torch.distributed as dist
 
-from system.errors import UserError
+from system.errors import UserError, as_user_error
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")   # what torchrun sets
+
+
+def launched() -> bool:
+    """Whether torchrun, or another launcher, has started this process as one of several.
+
+    Raises UserError where only some of its variables are there: of a job on a cluster, or left over.
+    """
+    missing = [name for name in LAUNCHER if not os.environ.get(name)]
+    count = os.environ.get("WORLD_SIZE", "1")
+    if missing and count not in ("", "1"):
+        raise UserError(f"WORLD_SIZE = {count} is set, but not {', '.join(missing)}: start several processes "
+                        f"with torchrun, or unset WORLD_SIZE for one")
+    return not missing
+
+
+def join(backend: str, timeout):
+    """Connects this process with the others of its run. Raises UserError when they cannot be reached."""
+    with as_user_error("the other processes of this run cannot be reached; start all of them with torchrun, "
+                       "or unset WORLD_SIZE, RANK and LOCAL_RANK for one process"):
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def process_count() -> int:

@@ -3,9 +3,15 @@
     python -m pytest tests/test_process.py
 """
 import contextlib
+import errno
+import fcntl
+import io
 import json
+import os
 import random
 import shlex
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -14,17 +20,18 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from commands import command, preparing, refused, sampling, train_main
+from commands import command, preparing, refused, sampling, train_main, worked
 from config import Config
-from constants import RATE, TRAIN, flags
+from constants import RATE, ROOT, TRAIN, flags
 from data import tunes
 from data.audio import check_format, write_audio
 from encodec import EncodecModel
 from lm import LMModel
 from sample import MusicGen
-from speed.kernels import data_pointers
+from speed.kernels import data_pointers, kernels
+from system.command import run
 from system.errors import UserError
-from system.files import check_writable
+from system.files import check_writable, write_atomic
 from train import train
 from training_runs import settings
 
@@ -202,3 +209,71 @@ def test_what_was_loaded_in_inference_mode_can_be_trained(world):
 def test_c_is_given_no_address_of_anything_else(tensor):
     with pytest.raises(TypeError, match="kernels.c"):
         data_pointers(torch.zeros(8), tensor)
+
+
+# --- homes, streams, file systems, launchers --------------------------------------------------------------
+
+def test_without_a_home(world, tmp_path, monkeypatch):
+    """No HOME, no entry in the system's list of users: nowhere to keep the compiled kernels, but music."""
+    def nobody(number):
+        raise KeyError(number)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    kernels.cache_clear()
+    try:
+        worked(sampling(world, "--dtype", "int8", cwd=tmp_path))
+        refused(sampling(world, "--checkpoint", "~/x", cwd=tmp_path), "~/x")
+    finally:
+        kernels.cache_clear()
+
+
+@pytest.mark.parametrize("streams, code", [(">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 2),
+                                           (">/dev/full 2>/dev/full", 2)])
+def test_streams_that_are_closed_or_full(tmp_path, streams, code):
+    line = f"{shlex.quote(sys.executable)} {ROOT / 'patterns.py'} {streams}"
+    result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120)
+    assert result.returncode == code and "Traceback" not in result.stderr, result
+
+
+def test_streams_of_a_notebook(monkeypatch):
+    """They are no files, and none (pythonw) is none at all."""
+    printed = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(lambda: print("done")) is None and printed.getvalue() == "done\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.EINVAL, errno.EPERM, errno.ENOSYS])
+def test_a_file_system_without_locks_permissions_and_sync(world, tmp_path, monkeypatch, number):
+    """Network drives, FAT, some FUSE: all is written all the same, and what is lost is said once."""
+    def unsupported(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(os, "fsync", unsupported)
+    monkeypatch.setattr(os, "chmod", unsupported)
+    result = preparing(world, world / "audio", tmp_path / "out")
+    worked(result)
+    assert result.err.count("has no locks") == 1
+    worked(sampling(world, "--out", tmp_path / "x.wav"))
+
+
+def test_a_broken_disk_is_still_told(tmp_path, monkeypatch):
+    def broken(_):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(UserError, match="Input/output error"):
+        write_atomic(tmp_path / "x", b"1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_variables_of_a_launcher_that_is_not_there(world, training_data, tmp_path, monkeypatch):
+    argv = flags(settings(training_data, tmp_path / "out", "lm", epochs=1, updates_per_epoch=1))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    says = "WORLD_SIZE = 8", "LOCAL_RANK", "torchrun", "unset"
+    refused(command(train_main, *argv), *says)
+    refused(preparing(world, world / "audio", tmp_path / "tokens"), *says)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    worked(preparing(world, world / "audio", tmp_path / "tokens"))
+    worked(command(train_main, *argv))

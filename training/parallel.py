@@ -16,7 +16,7 @@ import torch.distributed as dist
 from config import Config
 from system.devices import pick_device
 from system.errors import UserError
-from system.processes import process_count, rank
+from system.processes import join, launched, process_count, rank
 
 
 def start_processes(config: Config) -> tuple[torch.device, int, int]:
@@ -25,13 +25,13 @@ def start_processes(config: Config) -> tuple[torch.device, int, int]:
     Raises UserError when the configuration does not fit so many.
     """
     device = pick_device(config.device)
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+    if not dist.is_initialized() and launched():
         backend = "gloo"
         if device.type == "cuda":
             backend = "nccl"
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        join(backend, timedelta(minutes=30))
     if config.sharding == "fsdp" and not dist.is_initialized():
         raise UserError("sharding = 'fsdp' splits weights between processes: start it with torchrun")
     if config.sharding == "fsdp" and config.optim == "muon":
