@@ -49,6 +49,9 @@ class Spliced(io.RawIOBase):
         self.ends = list(np.cumsum([len(p) if isinstance(p, bytes) else p[1] - p[0] for p in parts]))
         self.size = claimed or int(self.ends[-1])
 
+    def __repr__(self):     # in libsndfile's errors
+        return repr(os.fspath(self.file.name))
+
     def seek(self, offset, whence=os.SEEK_SET):
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
         return self.at
@@ -404,7 +407,7 @@ def split_links(data) -> list[Link]:
 # --- files joined of several ------------------------------------------------------------------------------
 
 def lengths_of(path, places: list[tuple[int, int]]) -> tuple[tuple, list[int]]:
-    """(rate, channels, coding) and the lengths of the files that one is joined of, as far as they are alike."""
+    """(rate, channels, coding) and lengths of the files that one is joined of, as far as they are alike."""
     like, lengths = None, []
     for place in places:
         try:
@@ -478,7 +481,8 @@ class Plain:
     def problem(self, rate: int) -> str | None:
         if self.flac and not self.claim:
             with mapped(self.flac) as data:
-                if data.find(b"fLaC\0\0\0\x22", 8) > 0:
+                marker = b"fLaC\0\0\0\x22"     # the first one may have tags before it
+                if data.find(marker, data.find(marker) + 1) > 0:
                     return "another FLAC file is joined to it, which is left out"
         return self.claim
 
@@ -536,6 +540,8 @@ def structure_of(file, path, size: int):
     if file.format in ("WAV", "WAVEX") and not file.frames and (at := empty_chunk(head, size)):
         # written while it was recorded, and never finished: of the largest size it lasts as long as it is
         source.parts = [head[:at], b"\xff" * 4, (at + 4, size)]
+    if head[:4] == b"RIFF" and size - int.from_bytes(head[4:8], "little") >= 2 ** 32 - HEAD:
+        source.claim = "its header has no room for more than 4 GB, and the rest is left out; save it as flac"
     return source
 
 

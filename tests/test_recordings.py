@@ -254,6 +254,14 @@ DAMAGED = {     # (bytes, seconds that can be read at least)
 }
 
 
+@pytest.mark.parametrize("form", ["ID3 in front", "ID3 behind", "zeros behind"])
+def test_flac_files_with_more_around_them_are_not_joined(form, tmp_path, capsys):
+    data = {"ID3 in front": ID3 + FLAC, "ID3 behind": FLAC + ID3V1, "zeros behind": FLAC + bytes(9999)}[form]
+    (tmp_path / "x.flac").write_bytes(data)
+    assert np.array_equal(read_audio(tmp_path / "x.flac", 44100, 1).T.numpy(), sequential(FLAC))
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", DAMAGED)
 def test_what_is_good_of_a_damaged_file_is_read_and_the_rest_is_named(name, tmp_path, capsys):
     data, seconds = DAMAGED[name]
@@ -266,6 +274,20 @@ def test_what_is_good_of_a_damaged_file_is_read_and_the_rest_is_named(name, tmp_
     assert lines[0].startswith(f"{path}: {read:.2f} s were read; ")
     read_audio(path, 16000, 1, 1.0, 1.0)
     assert not capsys.readouterr().err      # nothing is wrong there
+
+
+def test_a_wav_file_beyond_4_gb_is_not_less_without_a_word(tmp_path, capsys):
+    (tmp_path / "x.wav").write_bytes(PCM)
+    os.truncate(tmp_path / "x.wav", len(PCM) + 2 ** 32)     # its sizes, of 32 bits, are those of PCM
+    assert read_audio(tmp_path / "x.wav", 44100, 1).shape[1] == SECONDS * 44100
+    assert "12.00 s were read; its header has no room for more than 4 GB" in capsys.readouterr().err
+
+
+def test_a_refusal_tells_no_objects_of_ours(tmp_path):
+    (tmp_path / "x.wav").write_bytes(PCM[:36] + b"data" + bytes(4) + PCM[36:])
+    with pytest.raises(UserError) as caught:
+        read_audio(tmp_path / "x.wav", 44100, 1)
+    assert "Spliced" not in str(caught.value) and str(caught.value).count("x.wav") == 2
 
 
 @pytest.mark.parametrize("name", ["page.ogg", "page.opus", "page missing.ogg"])
