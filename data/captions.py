@@ -29,6 +29,7 @@ AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".ai
          ".m4a", ".m4b", ".mp4", ".aac", ".wma", ".webm", ".weba", ".mka", ".ape", ".wv", ".amr", ".ac3",
          ".dsf")
 MANIFESTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")     # the last one is only named
+ELSEWHERE = "not read; captions of many recordings stand in metadata.jsonl or metadata.csv"
 MAX_TEXT = 10_000                   # characters of a caption, the rest is cut off
 MAX_SIDECAR = 10_000_000            # bytes
 MAX_MANIFEST = 2 ** 30              # bytes
@@ -64,6 +65,8 @@ def scan(folder: Path) -> tuple[list[Track], list[str]]:
                 continue
             elif name.lower() in MANIFESTS:
                 manifests.append(path)
+            elif path.suffix.lower() in (".jsonl", ".csv", ".parquet"):
+                complaints.append(f"{relative(path, folder)}: {ELSEWHERE}")
             elif path.suffix.lower() in (".json", ".txt"):
                 sidecars.append(relative(path, folder))
     if not files:
@@ -76,11 +79,13 @@ def scan(folder: Path) -> tuple[list[Track], list[str]]:
     listed = lines_of_recordings(lines, recordings, complaints)
     beside = find_sidecars(files, sidecars)
     tracks = [describe(folder, file, listed.get(file, {}), beside[file], complaints) for file in files]
+    complaints += apart(files, sidecars, beside)
     for track in tracks:
         if track.melody is not None:    # a file that is not there is found out when it is read
             track.melody = recordings.find(track.melody) or track.melody
     melodies = {track.melody for track in tracks if track.melody != track.file}
-    return [track for track in tracks if track.file not in melodies], complaints
+    # two that name each other are tracks, or both would be gone
+    return [track for track in tracks if track.file not in melodies or track.melody], complaints
 
 
 # --- the folder -------------------------------------------------------------------------------------------
@@ -166,6 +171,20 @@ def find_sidecars(files: list[str], sidecars: list[str]) -> dict[str, list[str]]
     return found
 
 
+def apart(files: list[str], sidecars: list[str], beside: dict[str, list[str]]) -> list[str]:
+    """Complaints about sidecars whose recording lies in another folder, or that are for several."""
+    used = {name for names in beside.values() for name in names}
+    stems = {plain(Path(file).stem): file for file in files} | {plain(Path(file).name): file for file in files}
+    found = []
+    for name in sidecars:
+        file = stems.get(plain(Path(name).stem))
+        if name not in used and file:
+            found.append(f"{name}: not read, as it does not lie beside {file}")
+        elif name not in used and Path(name).name.lower() == "metadata.json":
+            found.append(f"{name}: {ELSEWHERE}")
+    return found
+
+
 # --- the files of captions --------------------------------------------------------------------------------
 
 def read_manifest(folder: Path, path: Path, lines: dict, complaints: list):
@@ -180,7 +199,9 @@ def read_manifest(folder: Path, path: Path, lines: dict, complaints: list):
         where = f"{manifest}, line {number}"
         try:
             fields = understood(parse_object(row) if isinstance(row, str) else as_fields(*row))
-            file = inside(folder, path.parent, fields.get("file_name"))
+            if fields.get("file_name") is None:
+                raise ValueError("has no file_name")
+            file = inside(folder, path.parent, fields["file_name"])
         except ValueError as error:
             complaints.append(f"{where}: {error}")
             continue
@@ -272,6 +293,8 @@ def inside(folder: Path, base: Path, name) -> str:
     """
     if not isinstance(name, str) or not 0 < len(name) < 1000 or "\0" in name:
         raise ValueError(f"{str(name)[:50]!r} is not the name of a file")
+    if not os.path.exists(os.path.join(base, name)):
+        name = name.strip().replace("\\", "/")    # as Windows has it
     top = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(os.path.abspath(base), name))
     if Path(path).is_relative_to(top):

@@ -232,7 +232,7 @@ def test_a_manifest_in_csv(tmp_path, options, encoding):
     ("file_name,text\na.wav,slow, and sad\n", "metadata.csv, line 2: has 3 cells for 2 columns"),
     ("file_name,text\na.wav,\"slow\nb.wav,fast\n", "metadata.csv: line 3 is not valid CSV"),
     ("file_name,text\na.wav," + "x" * 200_000, "metadata.csv: line 2 is not valid CSV"),
-    ("file_name,text\n,slow\n", "metadata.csv, line 2: 'None' is not the name of a file"),
+    ("file_name,text\n,slow\n", "metadata.csv, line 2: has no file_name"),
     ("file_name,text\na.wav\0,slow\n", "metadata.csv: is not text"),
     ("file_name,text\ngone.wav,slow\n", "gone.wav: named in metadata.csv"),
 ])
@@ -449,3 +449,39 @@ def test_a_report_without_anything_to_say(world, tmp_path):
     result = preparing(world, tmp_path / "music", tmp_path / "out", memory=ROOM)
     assert result.code == 0 and "not understood" not in result.out + result.err
     assert result.out.endswith("0 of 1 tracks have a caption, 0 a melody of their own\n")
+
+
+@pytest.mark.parametrize("files, complaint", [
+    ({"train.jsonl": '{"file_name": "a.wav", "text": "x"}'}, "train.jsonl: not read; captions of many"),
+    ({"captions.CSV": "file_name,text\na.wav,x"}, "captions.CSV: not read; captions of many"),
+    ({"metadata.json": '[{"file_name": "a.wav", "text": "x"}]'}, "metadata.json: not read; captions of many"),
+    ({"text/a.txt": "x"}, "text/a.txt: not read, as it does not lie beside a.wav"),
+    ({"text/A.WAV.json": "{}"}, "text/A.WAV.json: not read, as it does not lie beside a.wav"),
+    ({"license.txt": "x", "settings.json": "{}", "cover.jpg": ""}, None),
+])
+def test_captions_in_another_place_are_named(files, complaint, tmp_path):
+    for name, text in {"a.wav": "", **files}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    tracks, complaints = scan(tmp_path)
+    assert [track.file for track in tracks] == ["a.wav"]
+    assert [text.startswith(complaint or "-") for text in complaints] == [True] * bool(complaint)
+
+
+@pytest.mark.parametrize("name", ["sub\\\\a.wav", " sub/a.wav ", ".\\\\sub/a.wav"])
+def test_names_as_windows_and_spreadsheets_write_them(name, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.wav").write_text("")
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "x"}}')
+    tracks, complaints = scan(tmp_path)
+    assert tracks[0].meta == {"description": "x"} and not complaints
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "..\\\\a.wav", "text": "x"}')
+    assert "does not lie in" in scan(tmp_path)[1][0]
+
+
+def test_recordings_that_are_each_others_melody_stay_tracks(tmp_path):
+    for name, other in ("ab", "ba"):
+        (tmp_path / f"{name}.wav").write_text("")
+        (tmp_path / f"{name}.json").write_text(f'{{"melody": "{other}.wav"}}')
+    melodies = {track.file: track.melody for track in scan(tmp_path)[0]}
+    assert melodies == {"a.wav": "b.wav", "b.wav": "a.wav"}

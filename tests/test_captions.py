@@ -87,7 +87,7 @@ LINES = [
 ]
 COMPLAINTS = [
     "line 2: a.wav was named before",
-    "line 3: 'None'",
+    "line 3: has no file_name",
     "line 4: '../b.wav' does not lie",
     "line 5: '/etc/passwd'",
     "line 8: should be",
