@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from system.errors import UserError, as_user_error
+from system.errors import UserError, as_user_error, naming
 from system.files import read_json, write_atomic
 
 SCALE = ".scale"    # beside an int8 matrix: the factor of each of its rows
@@ -65,6 +65,8 @@ def open_checkpoint(name, with_codec: bool = False) -> Path:
     also for a model that has no codec and names none that is found, which is cheap to tell before it is read.
     """
     path = Path(os.path.expanduser(name))   # Path's own raises an error where there is no home
+    if path.is_file():
+        raise UserError(f"{name}: a file; give the directory that it lies in (an archive is to be unpacked)")
     if path.is_dir():
         directory = refuse_adapter(path, name)
         if with_codec:
@@ -97,8 +99,11 @@ def find_codec(directory: Path, name):
     refuse_half(directory, name)
     if (directory / "config.json").is_file() and not (directory / "codec").is_dir():
         values = read_json(directory / "config.json")
+        if values.get("task") == "codec":
+            raise UserError(f"{name}: holds a codec without a language model; give the directory of a model")
         if "model_type" not in values and isinstance(values.get("codec"), str):
-            open_checkpoint(values["codec"])
+            with naming(f"{name}: has no folder codec, and its config.json names another one"):
+                open_checkpoint(values["codec"])
 
 
 def refuse_half(directory: Path, name):

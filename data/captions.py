@@ -174,7 +174,8 @@ def find_sidecars(files: list[str], sidecars: list[str]) -> dict[str, list[str]]
 def apart(files: list[str], sidecars: list[str], beside: dict[str, list[str]]) -> list[str]:
     """Complaints about sidecars whose recording lies in another folder, or that are for several."""
     used = {name for names in beside.values() for name in names}
-    stems = {plain(Path(file).stem): file for file in files} | {plain(Path(file).name): file for file in files}
+    stems = {plain(Path(file).stem): file for file in files}
+    stems |= {plain(Path(file).name): file for file in files}
     found = []
     for name in sidecars:
         file = stems.get(plain(Path(name).stem))

@@ -109,7 +109,7 @@ def tags_of(args, text, seed: int) -> dict:
     if args.no_tags:
         return {}
     directory = open_checkpoint(args.checkpoint)
-    name = directory.resolve().name if Path(args.checkpoint).expanduser().is_dir() else args.checkpoint
+    name = directory.resolve().name if os.path.isdir(os.path.expanduser(args.checkpoint)) else args.checkpoint
     model = f"model {name} {version_of(directory)}"
     return dict(title=text or "music", software=f"nanoMusicGen, {model}, seed {seed}", comment="AI-generated")
 

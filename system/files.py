@@ -19,7 +19,7 @@ UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errn
 def read_json(path) -> dict:
     """The object in a JSON file. Raises UserError naming the file: missing, damaged, no object."""
     with as_user_error(f"{path}: cannot be read as JSON"):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_bytes())     # in UTF-8 or 16, with a byte order mark or without
         if not isinstance(value, dict):
             raise TypeError(f"a {type(value).__name__}, not an object")
         return value

@@ -347,6 +347,23 @@ def test_a_missing_codec_is_told_before_the_language_model_is_read(world, tmp_pa
     refused(sampling(world, "--text", "a", "--checkpoint", folder, *flag, cwd=tmp_path), named)
 
 
+@pytest.mark.parametrize("name, said", [
+    ("lm/model.safetensors", "a file; give the directory"),
+    ("codec", "holds a codec without a language model"),
+    ("~nobody_of_this_name/model", "neither a directory nor"),
+])
+def test_what_is_nearly_the_directory_of_a_model(world, tmp_path, name, said):
+    path = name if name.startswith("~") else world / name
+    refused(sampling(world, "--text", "a", "--checkpoint", path, cwd=tmp_path), str(path), said)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_configuration_as_editors_of_windows_save_it(world, tmp_path, encoding):
+    path = shutil.copytree(world / "lm", tmp_path / "lm") / "config.json"
+    path.write_bytes(path.read_text().replace("\n", "\r\n").encode(encoding))
+    worked(command(load_model, path.parent))
+
+
 SHARDS = {  # weight_map of model.safetensors.index.json
     "escaping": {"x": "../lm/model.safetensors"},
     "absolute": {"x": "/etc/passwd"},
