@@ -287,7 +287,7 @@ def test_a_refusal_tells_no_objects_of_ours(tmp_path):
     (tmp_path / "x.wav").write_bytes(PCM[:36] + b"data" + bytes(4) + PCM[36:])
     with pytest.raises(UserError) as caught:
         read_audio(tmp_path / "x.wav", 44100, 1)
-    assert "Spliced" not in str(caught.value) and str(caught.value).count("x.wav") == 2
+    assert "Spliced object" not in str(caught.value).replace(str(tmp_path), "")
 
 
 @pytest.mark.parametrize("name", ["page.ogg", "page.opus", "page missing.ogg"])
