@@ -263,8 +263,8 @@ def kill_sampling(world, tmp_path, step):
 
 
 KILLS = {  # what is killed: how, at every n-th moment in the quick tests
-    "lm": (partial(kill_training, task="lm"), 20),
-    "codec": (partial(kill_training, task="codec"), 20),
+    "lm": (partial(kill_training, task="lm"), 25),
+    "codec": (partial(kill_training, task="codec"), 25),
     "prepare": (kill_preparing, 10),
     "sample": (kill_sampling, 10),
 }
