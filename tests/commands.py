@@ -120,9 +120,10 @@ def limits(seconds: int, memory: int):
     handlers = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGALRM, stop)
     signal.signal(signal.SIGPROF, stop)
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + memory, hard))
+    # of what can be written to: addresses alone are reserved by the gigabyte, for threads above all
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (now + memory, hard))
     signal.alarm(10 * seconds)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
@@ -130,7 +131,7 @@ def limits(seconds: int, memory: int):
     finally:
         signal.alarm(0)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -20,8 +20,6 @@ from data.segments import AudioCrops
 from evaluation.evaluate import instrument_of
 from system.errors import UserError
 
-ROOM = 2 ** 33      # bytes: with fewer addresses torch may fail to make an LSTM, whatever else there is
-
 
 def put(folder: Path, **files):
     """Writes files: texts, bytes, or what JSON makes of anything else."""
@@ -85,7 +83,7 @@ def test_a_snapshot_is_prepared_as_its_files_would_be(world, tmp_path, monkeypat
     folder = put_snapshot(tmp_path, **SNAPSHOT)
     monkeypatch.chdir(folder.parent)
     for name, place in (("a", tmp_path / "plain"), ("b", folder), ("c", folder.name)):
-        result = preparing(world, place, tmp_path / name, memory=ROOM)
+        result = preparing(world, place, tmp_path / name)
         assert result.code == 0, result
         assert "3 of 3 tracks have a caption, 2 a melody of their own\n" in result.out
     indexes = [(tmp_path / name / "index.json").read_bytes() for name in "abc"]
@@ -407,7 +405,7 @@ def test_recordings_of_all_endings(world, tmp_path, capsys):
     for ending, (kind, subtype) in KINDS.items():
         put(folder, **{f"x{ending}": encoded(kind, subtype), f"x{ending}.txt": "a tune"})
     put(folder, **{f"y{ending}": b"not read" for ending in UNREADABLE})
-    result = preparing(world, folder, tmp_path / "out", memory=ROOM)
+    result = preparing(world, folder, tmp_path / "out")
     assert result.code == 1 and "11 of 11 tracks have a caption, 0 a melody" in result.out, result
     report = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert {line.split(":")[0] for line in report} == {f"y{ending}" for ending in UNREADABLE}
@@ -436,7 +434,7 @@ def test_the_report(world, tmp_path):
         "bad.json": {"text": "not counted", "mood": "x"},
         "d.json": {f"key {n}": 1 for n in range(40)},
     })
-    result = preparing(world, tmp_path / "music", tmp_path / "out", memory=ROOM)
+    result = preparing(world, tmp_path / "music", tmp_path / "out")
     assert result.code == 1 and "Traceback" not in result.err, result
     said = result.out.splitlines()
     assert said[-2] == "2 of 4 tracks have a caption, 1 a melody of their own"
@@ -446,7 +444,7 @@ def test_the_report(world, tmp_path):
 
 def test_a_report_without_anything_to_say(world, tmp_path):
     put(tmp_path / "music", **{"a.wav": WAV})
-    result = preparing(world, tmp_path / "music", tmp_path / "out", memory=ROOM)
+    result = preparing(world, tmp_path / "music", tmp_path / "out")
     assert result.code == 0 and "not understood" not in result.out + result.err
     assert result.out.endswith("0 of 1 tracks have a caption, 0 a melody of their own\n")
 
