@@ -5,10 +5,8 @@ process (`command`), which is quick, or in a forked copy of it (`forked`), with 
 """
 import contextlib
 import faulthandler
-import fcntl
 import os
 import re
-import resource
 import runpy
 import signal
 import socket
@@ -20,6 +18,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import scipy.ndimage  # noqa: F401  these, or every child would import them again
 import scipy.signal  # noqa: F401
 import torch
@@ -37,6 +36,12 @@ from sample import MusicGen
 from sampling import command as sampling_command
 from system.command import run
 from training import command as training_command
+
+try:
+    import fcntl
+    import resource
+except ImportError:     # Windows, where no memory is limited and no command is forked
+    fcntl = resource = None
 
 torch.set_num_threads(1)  # a forked child has no pool of threads
 transformers.logging.set_verbosity_error()
@@ -112,14 +117,23 @@ def own_streams():
 def limits(seconds: int, memory: int):
     """Inside, no more than so many seconds of processor time and bytes of memory are to be had.
 
-    By the clock ten times as long: a busy machine is slow, but what waits for ever must end.
+    By the clock ten times as long: a busy machine is slow, but what waits for ever must end. Only Linux can
+    limit both; elsewhere the handlers of signals are put back, no more.
     """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with linux_limits(seconds, memory) if sys.platform == "linux" else contextlib.nullcontext():
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def linux_limits(seconds: int, memory: int):
     def stop(number, frame):
         raise TimeoutError(f"took longer than {seconds} s")
-    numbers = signal.SIGALRM, signal.SIGPROF, signal.SIGINT, signal.SIGTERM
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    signal.signal(signal.SIGALRM, stop)
-    signal.signal(signal.SIGPROF, stop)
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGPROF)}
     # of what can be written to: addresses alone are reserved by the gigabyte, for threads above all
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
@@ -162,6 +176,8 @@ def command(main, *argv, cwd=None, seconds=120, memory=2 ** 30) -> Result:
 
 def start(main, *argv, cwd=None, seconds=120, memory=2 ** 30, before=None, out=None, err=None) -> int:
     """Forks a child that runs main(argv) -> its pid. memory: bytes it may take beyond what we have."""
+    if not hasattr(os, "fork"):
+        pytest.skip("the command runs in a fork of this process: Windows has none")
     sys.stdout.flush(), sys.stderr.flush()
     pid = os.fork()
     if pid:
@@ -255,7 +271,8 @@ def two_of(main, *argv, err) -> list[int]:
 def pipe():
     """Both ends of a pipe that holds a megabyte."""
     read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 2 ** 20)
+    if hasattr(fcntl, "F_SETPIPE_SZ"):      # Linux
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 2 ** 20)
     with open(read, "rb") as read, open(write, "wb") as write:
         yield read, write
 

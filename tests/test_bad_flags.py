@@ -392,6 +392,8 @@ def test_demos_run_from_anywhere(tmp_path, name):
 @pytest.mark.parametrize("out, code", [("closed", 1), ("full", 2)])
 def test_nobody_listens_to_what_is_said(out, code):
     """`| head` has gone, or stdout is on a full disk."""
+    if out == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("Linux alone has /dev/full")
     read, write = os.pipe()
     os.close(read)
     argv = [sys.executable, ROOT / "config.py", ROOT / "config" / "melody.py"]

@@ -7,7 +7,6 @@
 import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -31,6 +30,8 @@ from data import audio, prepare
 from encodec import EncodecModel
 from system.errors import UserError
 from system.files import write_atomic
+
+resource = pytest.importorskip("resource", reason="Windows has no kills, forks and limits like these")
 
 
 def check_whole(folder):

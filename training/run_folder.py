@@ -62,7 +62,7 @@ def print_changes(old: Config, new: Config):
 
 def cut_metrics(path: Path, first: int):
     """Leaves the lines up to an update: what came after it is done again."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     kept = [line + "\n" for line in lines if update_of(line) <= first]
     write_atomic(path, "".join(kept).encode())
 
@@ -86,5 +86,6 @@ def save_ema_model(task, ema, log, update: int):
     write_tensors(out / "model.safetensors", merge_lora(tensors, config))
     due = config.sample_every > 0 and update % config.sample_every == 0
     if due and len(task.valid_data) > 0:
-        if f'"update": {update}, "split": "samples"' not in log.path.read_text():   # from before a crash
+        before = log.path.read_text(encoding="utf-8")   # a crash
+        if f'"update": {update}, "split": "samples"' not in before:
             log.line({"update": update, "split": "samples", **task.samples(out, update)})
