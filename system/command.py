@@ -50,6 +50,10 @@ def run(main, *args):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    try:
+        sys.stdout.flush()
+    except OSError:     # a full disk: at the end Python would flush once more, complain, and exit with 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     lines = [line.strip() for line in sentence.splitlines()]
     with contextlib.suppress(OSError):  # stderr may be what fails
         print(f"{Path(sys.argv[0]).name}:", *lines, file=sys.stderr)

@@ -398,7 +398,8 @@ def test_nobody_listens_to_what_is_said(out, code):
     os.close(read)
     argv = [sys.executable, ROOT / "config.py", ROOT / "config" / "melody.py"]
     with os.fdopen(write, "w") if out == "closed" else open("/dev/full", "w") as stream:
-        result = subprocess.run(argv, stdout=stream, stderr=subprocess.PIPE, text=True, timeout=100)
+        result = subprocess.run(argv, stdout=stream, stderr=subprocess.PIPE, text=True, timeout=100,
+                                env={**os.environ, "PYTHONUNBUFFERED": ""})     # as most have it
     assert result.returncode == code and "Traceback" not in result.stderr, result
     assert ("No space" in result.stderr) == (out == "full"), result
 
