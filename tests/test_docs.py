@@ -52,6 +52,7 @@ def commands_of(text: str) -> list[str]:
         parts = [line] if " -c " in line else line.split("&&")
         for part in parts:
             part = re.sub(r"\s+# .*", "", part)
+            part = part.strip().removeprefix("uv run --with-requirements requirements.txt ")
             part = " ".join(part.split()) if " -c " not in part else part.strip()
             # a program and what it runs, not `torchrun --nproc_per_node=2` alone
             if re.match(r"(\w+/bin/)?((pip|git) |(python|torchrun) .*(\.py|-[mc])\b)", part):
@@ -97,6 +98,15 @@ def assert_figures(cell: str, figures: list[float]):
 
 def test_readme_is_short():
     assert README.count("\n") <= 250 and len(README.split()) <= 2400
+
+
+def test_versions():
+    """What README promises is what the workflow runs and what requirements.txt asks for."""
+    promise = re.search(r"Python ([\d.]+) to ([\d.]+), torch ([\d.]+) to", README)
+    oldest, newest, torch_version = promise.groups()
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    assert f'python: ["{oldest}", "{newest}"]' in workflow
+    assert f"torch>={torch_version}\n" in (ROOT / "requirements.txt").read_text(encoding="utf-8")
 
 
 # --- commands ---------------------------------------------------------------------------------------------
