@@ -16,7 +16,7 @@ from checkpoints.files import quantize_rows
 from conditioners import Conditions
 from config import Config
 from lm import Cache, LMModel, Projection
-from speed.kernels import KINDS, data_pointers, has_bfloat16, kernels, packed_pointers
+from speed.kernels import ARM, KINDS, data_pointers, has_bfloat16, kernels
 from speed.products import block_attention, product
 
 FEW = 32            # rows up to which a product waits for the weights rather than for the arithmetic
@@ -48,11 +48,11 @@ class PackedLinear(nn.Module):
             y = (x[..., None, :] * weight).sum(-1, dtype=x.dtype)
             return y if scale is None else y * scale
         if few and kernels():
-            x = x.contiguous()
+            x = x.float().contiguous()
             y = x.new_empty(*x.shape[:-1], R)
             kernels().product(
-                KINDS[weight.dtype], *packed_pointers(weight), *data_pointers(scale, x, None, None), 0, None,
-                *data_pointers(y), R, C, x.numel() // C)
+                torch.get_num_threads(), KINDS[weight.dtype], *data_pointers(weight, dtype=weight.dtype),
+                *data_pointers(scale, x, y), R, C, x.numel() // C)
             return y
         if few and weight.dtype == torch.int8:
             y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale.bfloat16())
@@ -73,8 +73,8 @@ class PackedCache(Cache):
         H, E, N = config.num_heads, config.dim // config.num_heads, config.num_layers
         scales = max_length if dtype == torch.int8 else 0
         self.k, self.v = (torch.empty(N, batch, H, max_length, E, dtype=dtype) for _ in "kv")
-        self.k_scale, self.v_scale = (torch.empty(N, batch, H, scales, dtype=torch.float32) for _ in "kv")
-        self.scores = torch.empty(batch, H, max_length, dtype=torch.float32)
+        self.k_scale, self.v_scale = (torch.empty(N, batch, H, scales, dtype=self.dtype) for _ in "kv")
+        self.scores = torch.empty(batch, H, max_length, dtype=self.dtype)
         self.table = None           # addresses of the tensors of all layers, once they are all there
         self.condition_length, self.condition_bias = 0, None
         self.layers = [PackedLayerCache(self, n) for n in range(N)]
@@ -85,12 +85,13 @@ class PackedCache(Cache):
         if self.table is None:
             self.table = torch.tensor([self.pointers(n, layer) for n, layer in enumerate(layers)])
             if conditions.cross_mask is not None and self.condition_length:
-                bias = torch.zeros(B, self.condition_length, dtype=torch.float32)
+                bias = torch.zeros(B, self.condition_length, dtype=self.dtype)
                 self.condition_bias = bias.masked_fill_(~conditions.cross_mask, MASKED)
             self.scores = self.scores.new_empty(B, H, max(self.max_length, self.condition_length))
-        x = x.clone(memory_format=torch.contiguous_format)
+        x = x.float().clone(memory_format=torch.contiguous_format)
+        table, = data_pointers(self.table, dtype=torch.long)
         kernels().decode(
-            KINDS[self.k.dtype], self.table.data_ptr(), len(layers),
+            torch.get_num_threads(), KINDS[self.k.dtype], table, len(layers),
             *data_pointers(x, self.padding_bias, self.condition_bias, self.scores),
             B, H, self.length + 1, self.max_length, E, len(layers[0].ff1.weight), self.condition_length)
         return x
@@ -101,13 +102,13 @@ class PackedCache(Cache):
             return data_pointers(module.weight, module.bias)
 
         def matrix(module):
-            return packed_pointers(module.weight) + data_pointers(module.scale)
+            return data_pointers(module.weight, dtype=self.k.dtype) + data_pointers(module.scale)
         row = norm(layer.norm1) + matrix(layer.attn.qkv) + matrix(layer.attn.out)
-        for numbers, scale in ((self.k[n], self.k_scale[n]), (self.v[n], self.v_scale[n])):
-            row += packed_pointers(numbers) + data_pointers(scale)
+        for data, scale in (self.k[n], self.k_scale[n]), (self.v[n], self.v_scale[n]):
+            row += data_pointers(data, dtype=self.k.dtype) + data_pointers(scale)
         row += norm(layer.norm2) + matrix(layer.ff1) + matrix(layer.ff2)
         if self.layers[n].condition is not None:
-            keys, values = (t.contiguous() for t in self.layers[n].condition)
+            keys, values = (t.float().contiguous() for t in self.layers[n].condition)
             self.layers[n].condition = keys, values     # kept: kernels.c has only their addresses
             self.condition_length = keys.shape[2]
             row += norm(layer.norm_cross) + matrix(layer.cross_attn.qkv) + matrix(layer.cross_attn.out)
@@ -130,13 +131,13 @@ class PackedLayerCache:
         if self.cache.length == 0:
             return self.attend_first(q, k, v)
         cache, (B, H, _, E) = self.cache, q.shape
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = (t.float().contiguous() for t in (q, k, v))
         out = torch.empty_like(q)
+        keys, values = data_pointers(self.k, self.v, dtype=self.k.dtype)
+        key_scales, value_scales = data_pointers(self.k_scale, self.v_scale)
         kernels().attend(
-            KINDS[self.k.dtype], *data_pointers(q, k, v), H * E,
-            *packed_pointers(self.k), *data_pointers(self.k_scale),
-            *packed_pointers(self.v), *data_pointers(self.v_scale),
-            *data_pointers(cache.padding_bias, cache.scores, out),
+            torch.get_num_threads(), KINDS[self.k.dtype], *data_pointers(q, k, v), H * E,
+            keys, key_scales, values, value_scales, *data_pointers(cache.padding_bias, cache.scores, out),
             B, H, cache.length + 1, cache.max_length, E)
         return out
 
@@ -193,5 +194,9 @@ def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:
 def fastest_dtype(device) -> str:
     """The dtype of weights with which generation is fastest on a device."""
     if device.type == "cpu":
-        return "int8" if kernels() or has_bfloat16() else "float32"
+        library = kernels()
+        if library is None:     # torch's own product with int8 weights is slow without AVX2 or NEON
+            vectors = ARM or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+            return "int8" if vectors else "float32"
+        return "bfloat16" if library.instructions() == b"none" else "int8"
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from config import Config
 from lm import Layer, Projection
-from speed.kernels import data_pointers, kernels
+from speed.kernels import data_pointers, kernels, readable
 from speed.products import BLOCK, block_attention, block_weights, product
 from system.devices import device_of
 
@@ -129,7 +129,7 @@ class BlockAttention(torch.autograd.Function):
 def is_plain(optimizer) -> bool:
     """Whether kernels.c can read the weights: float32, on the CPU, without gaps."""
     params = optimizer.param_groups[0]["params"]
-    return all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in params)
+    return all(readable(p, torch.float32) for p in params)
 
 
 class FusedLoops:
@@ -141,12 +141,13 @@ class FusedLoops:
         sums = torch.zeros(3, dtype=torch.float32)
         for gradient, *moments in zip(g, m, v, s):
             gradient = gradient.contiguous()
-            pointers = data_pointers(gradient, *moments)
-            kernels().dadapt_moments(*pointers, gradient.numel(), lam, b1, b2, group["eps"],
-                                     *data_pointers(sums))
+            kernels().dadapt_moments(
+                torch.get_num_threads(), *data_pointers(gradient, *moments), gradient.numel(), lam, b1, b2,
+                group["eps"], *data_pointers(sums))
         return sums
 
     def update_weights(self, weights, m, v, shrink):
         eps = self.param_groups[0]["eps"]
         for tensors in zip(weights, m, v):
-            kernels().dadapt_step(*data_pointers(*tensors), tensors[0].numel(), shrink, eps)
+            pointers = data_pointers(*tensors)
+            kernels().dadapt_step(torch.get_num_threads(), *pointers, tensors[0].numel(), shrink, eps)

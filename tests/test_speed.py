@@ -3,7 +3,13 @@
     python -m pytest tests/test_speed.py
     python -m pytest -m slow tests/test_speed.py        # compiled layers, too
 """
+import os
+import platform
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,6 +47,7 @@ KINDS = {
     "heads of 64": dict(dim=128, num_heads=2),
     "too odd": dict(dim=36, num_heads=3),   # for kernels.c, which reads eight numbers at once
 }
+PATH = os.environ["PATH"]
 needs_kernels = pytest.mark.skipif(not kernels.kernels(), reason="no C compiler")
 
 
@@ -133,16 +140,263 @@ def test_compiled_layers_give_the_same_tokens(dtype):
 
 
 def test_auto_takes_what_the_machine_is_fast_with(monkeypatch):
-    for compiler, hardware, best in ((True, False, "int8"), (None, True, "int8"), (None, False, "float32")):
-        monkeypatch.setattr(decoding, "kernels", lambda: compiler)
-        monkeypatch.setattr(decoding, "has_bfloat16", lambda: hardware)
+    for instructions, capability, best in (
+            (b"AVX2", "AVX2", "int8"), (b"none", "DEFAULT", "bfloat16"),
+            (None, "AVX2", "int8"), (None, "DEFAULT", "float32")):
+        library = instructions and SimpleNamespace(instructions=lambda: instructions)
+        monkeypatch.setattr(decoding, "kernels", lambda: library)
+        monkeypatch.setattr(decoding, "ARM", False)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         assert fastest_dtype(torch.device("cpu")) == best
 
 
-def test_without_a_compiler_there_are_no_kernels(monkeypatch, tmp_path):
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: "/nowhere/cc")
-    assert kernels.kernels.__wrapped__() is None and not list(tmp_path.rglob("*.so*"))
+@needs_kernels
+def test_a_sum_of_the_largest_products_does_not_overflow():
+    layer = PackedLinear(torch.ones(4, 12288), torch.int8)
+    torch.testing.assert_close(layer(torch.ones(2, 12288)), torch.full((2, 4), 12288.0))
+
+
+@needs_kernels
+def test_threads_share_the_rows_of_a_product():
+    """Fewer groups of rows than threads, too."""
+    layer, x = PackedLinear(torch.randn(20, 40), torch.float32), torch.randn(2, 40)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = layer(x)
+        for threads in 2, 3, 7:
+            torch.set_num_threads(threads)
+            assert torch.equal(layer(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_another_default_dtype_changes_nothing():
+    def greedy():
+        lm = make()
+        optimize_for_cpu(lm, torch.int8)
+        return generate(lm, passes, 4, [0], temperature=0)
+    passes = passes_of(make(), ["organ"], 4)
+    expected = greedy()
+    plain = make().float()
+    torch.set_default_dtype(torch.float64)
+    try:
+        optimize_for_cpu(plain, torch.int8)
+        assert torch.equal(generate(plain, passes, 4, [0], temperature=0), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.zeros(8, dtype=torch.float64), torch.zeros(8, 2).T, torch.zeros(8, device="meta")], ids=repr)
+def test_memory_that_c_would_misread_is_refused(tensor):
+    with pytest.raises(TypeError, match="kernels.c needs contiguous"):
+        kernels.data_pointers(torch.zeros(2), tensor)
+
+
+# --- compiling kernels.c ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A user without a cache yet, and with no compiler but those of `compiler`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernels.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path
+
+
+def compiler(home, lines: str):
+    """A program `cc` made of lines for the shell."""
+    (home / "bin").mkdir()
+    script = home / "bin" / "cc"
+    script.write_text(f"#!/bin/sh\n{lines}\n")
+    script.chmod(0o755)
+
+
+@pytest.fixture
+def counted(home, library):
+    """A compiler that writes a line into a file for every library it makes: as long as a compiler takes."""
+    compiler(home, f"""
+        echo >> '{home}/calls'
+        while [ "$1" != -o ]; do shift; done
+        /bin/sleep 0.1
+        /bin/cp '{library}' "$2" """)
+    return lambda: len((home / "calls").read_text())
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """A copy of the compiled library."""
+    path = tmp_path_factory.mktemp("library") / "kernels.so"
+    shutil.copy(kernels.kernels()._name, path)
+    return path
+
+
+@needs_kernels
+@pytest.mark.parametrize("cc, refused", [
+    ("gcc", "everything special"), ("clang", "nothing"),
+    *(pytest.param(*names, marks=pytest.mark.slow) for names in (
+        ("gcc", "nothing"), ("clang", "everything special")))])
+def test_rows_alone_and_together_are_equal_by_every_compiler(home, cc, refused, monkeypatch, capfd):
+    """gcc and clang, for this processor and, where they take no -march=native or -fopenmp, for any."""
+    found = shutil.which(cc, path=PATH)
+    if not found:
+        pytest.skip(f"{cc} is not installed")
+    refuse = "case $flag in -march=*|-mcpu=*|-fopenmp) echo error: $flag >&2; exit 1;; esac"
+    compiler(home, f"""
+        PATH='{PATH}'
+        for flag in "$@"; do {refuse if refused != "nothing" else ":"}; done
+        exec '{found}' "$@" """)
+    made = kernels.kernels.__wrapped__()
+    assert ("-march=native" in capfd.readouterr().err) == (made.instructions() in (b"SSE2", b"none"))
+    monkeypatch.setattr(decoding, "kernels", lambda: made)
+    for dtype in torch.float32, torch.bfloat16, torch.int8:
+        layer, x = PackedLinear(torch.randn(20, 320), dtype), torch.randn(5, 320)
+        weight = layer.weight.double() * (1 if layer.scale is None else layer.scale.double()[:, None])
+        torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=1e-3, atol=1e-3)
+        for n in range(5):
+            assert torch.equal(layer(x)[n], layer(x[n]))
+
+
+@needs_kernels
+def test_the_library_brings_no_threads_of_its_own(library):
+    """It calls the OpenMP runtime that torch has loaded, which torch.set_num_threads concerns."""
+    assert not any(name in library.read_bytes() for name in (b"libgomp", b"libomp", b"libiomp"))
+    assert kernels.openmp()
+
+
+@needs_kernels
+def test_without_threads_the_numbers_are_the_same(home, counted, monkeypatch, capfd):
+    layer, x = PackedLinear(torch.randn(20, 40), torch.float32), torch.randn(2, 40)
+    expected = layer(x)
+    monkeypatch.setattr(kernels, "openmp", list)
+    alone = kernels.kernels.__wrapped__()
+    assert "runs on one thread" in capfd.readouterr().err
+    monkeypatch.setattr(decoding, "kernels", lambda: alone)
+    assert torch.equal(layer(x), expected)
+
+
+def test_what_is_missing_is_told_in_one_sentence(home, capfd):
+    assert kernels.kernels.__wrapped__() is None
+    error = capfd.readouterr().err
+    assert error.startswith("speed/kernels.c is not used, for there is no C compiler")
+    assert error.count("\n") == 1
+    compiler(home, "echo cc: error: no licence; exit 3")
+    assert kernels.kernels.__wrapped__() is None
+    assert "cc: error: no licence" in capfd.readouterr().err
+    assert not list(home.rglob("*.so"))
+
+
+def test_a_compiler_that_hangs_is_cut_off(home, monkeypatch):
+    """Together with what it has started."""
+    compiler(home, "/bin/sleep 1000 & echo $! > '%s/child'; wait" % home)
+    monkeypatch.setattr(kernels, "MAX_SECONDS", 0.5)
+    with pytest.raises(kernels.Unavailable, match="did not come to an end"):
+        kernels.find_library()
+    command = Path("/proc", (home / "child").read_text().strip(), "cmdline")
+    for _ in range(1000):
+        if not command.exists() or not command.read_bytes():    # a process that ended has none
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("what the compiler has started is still running")
+
+
+@needs_kernels
+def test_of_several_at_once_one_compiles(home, counted):
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: kernels.find_library()._name, range(4)))
+    assert len(set(found)) == 1 and counted() == 1
+    assert not [path for path in (home / "cache").rglob("*ing-*")]
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", ["truncated", "empty", "another", "writable"])
+def test_a_damaged_or_strange_library_is_compiled_anew(home, counted, damage):
+    path = Path(kernels.find_library()._name)
+    content = path.read_bytes()
+    path.unlink()       # it stays loaded
+    if damage == "another":     # a sound library, but not this one
+        content = Path(torch.__file__).with_name("lib").joinpath("libtorch.so").read_bytes()
+    path.write_bytes(content[:{"truncated": 5000, "empty": 0}.get(damage)])
+    path.chmod(0o666 if damage == "writable" else 0o600)
+    assert kernels.find_library().product
+    assert counted() == 2
+
+
+@needs_kernels
+def test_the_library_is_found_again_without_compiling(home, counted):
+    names = [kernels.find_library()._name for _ in range(2)]
+    assert names[0] == names[1] and counted() == 1
+    assert Path(names[0]).parent == home / "cache" / "nanomusicgen"
+
+
+@needs_kernels
+def test_folders_that_cannot_keep_the_library_are_passed_over(home, counted, monkeypatch):
+    """One that cannot be made, one that is a link, one from which nothing may run, another user's."""
+    temporary = home / f"nanomusicgen-kernels-{os.geteuid()}"
+    (home / "file").touch()
+    (home / "others").mkdir()
+    (home / "link").mkdir()
+    (home / "link" / "nanomusicgen").symlink_to(home / "others")
+    for cache in home / "file", home / "link":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.setattr(Path, "home", raise_no_home)
+        assert Path(kernels.find_library()._name).parent == temporary
+    load = kernels.load
+
+    def from_temporary_alone(path):
+        if path.parent != temporary:
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+    monkeypatch.setattr(kernels, "load", from_temporary_alone)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    assert Path(kernels.find_library()._name).parent == temporary
+    assert counted() == 2       # into the temporary folder, and into the one from which it did not run
+    kernels.find_library()
+    assert counted() == 2 and not list((home / "others").iterdir())
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(kernels.Unavailable, match="not a folder of this user's alone"):
+        kernels.find_library()
+
+
+def raise_no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_folder_that_others_can_write_to_is_closed_to_them(home):
+    folder = home / "cache" / "nanomusicgen"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    kernels.make_private(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_where_the_cache_is(home, monkeypatch):
+    temporary = home / f"nanomusicgen-kernels-{os.geteuid()}"
+    monkeypatch.setattr(Path, "home", lambda: home / "user")
+    usual = home / "user" / ".cache" / "nanomusicgen"
+    assert kernels.folders() == [home / "cache" / "nanomusicgen", usual, temporary]
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert kernels.folders() == [usual, temporary]
+    monkeypatch.setattr(Path, "home", raise_no_home)
+    assert kernels.folders() == [temporary]
+
+
+def test_a_home_shared_between_processors(tmp_path):
+    """Each has its own library: what tells them apart is in the name, and their clocks are not."""
+    def told(text):
+        path = tmp_path / "cpuinfo"
+        path.write_text(text)
+        return kernels.processor(path)
+    x86 = "processor\t: 0\nmodel name\t: A\ncpu MHz\t\t: {}\nflags\t\t: fpu {}\n\nprocessor\t: 1\n\n"
+    arm = "processor\t: 0\nFeatures\t: fp {}\nCPU part\t: {}\n\n"
+    assert told(x86.format(2000, "avx2")) == told(x86.format(3000, "avx2")) != told(x86.format(2000, "sse2"))
+    texts = arm.format("asimd", "0xd0c"), arm.format("asimddp", "0xd0c"), arm.format("asimd", "0xd08")
+    assert len({told(text) for text in texts}) == 3
+    for unknown in told("processor\t: 0\n\n"), kernels.processor(tmp_path / "missing"):
+        assert platform.node() in unknown
 
 
 # --- the codec --------------------------------------------------------------------------------------------
