@@ -151,9 +151,10 @@ def test_auto_takes_what_the_machine_is_fast_with(monkeypatch):
 
 
 @needs_kernels
-def test_a_sum_of_the_largest_products_does_not_overflow():
-    layer = PackedLinear(torch.ones(4, 12288), torch.int8)
-    torch.testing.assert_close(layer(torch.ones(2, 12288)), torch.full((2, 4), 12288.0))
+@pytest.mark.parametrize("columns", [1024, 4096, 12288])
+def test_a_sum_of_the_largest_products_does_not_overflow(columns):
+    layer = PackedLinear(torch.ones(4, columns), torch.int8)
+    torch.testing.assert_close(layer(torch.ones(2, columns)), torch.full((2, 4), float(columns)))
 
 
 @needs_kernels
@@ -169,30 +170,6 @@ def test_threads_share_the_rows_of_a_product():
             assert torch.equal(layer(x), expected)
     finally:
         torch.set_num_threads(before)
-
-
-@needs_kernels
-def test_another_default_dtype_changes_nothing():
-    def greedy():
-        lm = make()
-        optimize_for_cpu(lm, torch.int8)
-        return generate(lm, passes, 4, [0], temperature=0)
-    passes = passes_of(make(), ["organ"], 4)
-    expected = greedy()
-    plain = make().float()
-    torch.set_default_dtype(torch.float64)
-    try:
-        optimize_for_cpu(plain, torch.int8)
-        assert torch.equal(generate(plain, passes, 4, [0], temperature=0), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("tensor", [
-    torch.zeros(8, dtype=torch.float64), torch.zeros(8, 2).T, torch.zeros(8, device="meta")], ids=repr)
-def test_memory_that_c_would_misread_is_refused(tensor):
-    with pytest.raises(TypeError, match="kernels.c needs contiguous"):
-        kernels.data_pointers(torch.zeros(2), tensor)
 
 
 # --- compiling kernels.c ----------------------------------------------------------------------------------
