@@ -90,7 +90,7 @@ def codec_run(training_data, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def two_processes_begun(request, tmp_path_factory):
-    """The runs on two processes begin before the first test, if a test is to need them, and go on beside it."""
+    """The runs on two processes begin before the first test, if any test needs them, and go on beside it."""
     if not any("two_processes" in item.fixturenames for item in request.session.items):
         yield
         return

@@ -321,7 +321,7 @@ USAGE = {
     "no codec": (dict(codec="nothing"), "nothing"),
     "configuration of another codec": (dict(flags=f"--config {ROOT}/config/melody.py --sample_rate {SR}"),
                                        "product of ratios = 640"),
-    "a file in the way": (dict(out="file/out"), "cannot be made"),
+    "a file in the way": (dict(out="file/out"), "file/out.*cannot be written"),
 }
 
 
