@@ -169,9 +169,9 @@ class MusicGen:
                        progress=False, interrupted=()):
         """Descriptions and chromas ((M, Q) or None each) -> codes (B, K, T).
 
-        prompt: codes (B, K, T0) to continue. seeds: a number an item, which gives it the same music alone and
-        in a batch. Defaults are the configuration's. progress: show a bar. `interrupted`: turns true when
-        generation is to end with the frames that are whole. Raises UserError for what cannot be done.
+        prompt: codes (B, K, T0) to continue. seeds: a number an item, which in float32 gives it the same
+        music alone and in a batch. Defaults are the configuration's. progress: show a bar. `interrupted`: turns
+        true when generation is to end with the frames that are whole. Raises UserError for what cannot be done.
         """
         descriptions = as_descriptions(descriptions)
         config, B = self.config, len(descriptions)

@@ -73,7 +73,10 @@ def files_of(out: Path, args) -> list[Path]:
 # --- the JSON beside a result -----------------------------------------------------------------------------
 
 def metadata(args, text, melody, seed: int, out: Path, config: Config) -> str:
-    """The JSON of an item: its flags and settings, the command that makes it alone, the configuration."""
+    """The JSON of an item: its flags and settings, the configuration, and the command that makes it alone.
+
+    In int8 and bfloat16 an item of a batch is rounded otherwise than alone, and sounds otherwise.
+    """
     flags = {}
     if text:
         flags["text"] = text
