@@ -220,6 +220,8 @@ def bare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bare")
     names = [".*", "__pycache__", *OPTIONAL, "tests", "docs", "out"]
     shutil.copytree(ROOT, folder / "project", ignore=shutil.ignore_patterns(*names))
+    for path in [folder / "project", *(folder / "project").rglob("*")]:
+        path.chmod(path.stat().st_mode | 0o200)     # the checkout may be read-only
     for name in "codec losses discriminator muon plan samples command".split():
         (folder / "project" / "training" / f"{name}.py").unlink()
     return folder / "project"
