@@ -81,7 +81,8 @@ class T5Conditioner(nn.Module):
         super().__init__()
         self.name = config.t5
         self.trained = config.t5_finetune or config.t5 in SMALL_T5
-        self.words = {word: n for n, word in enumerate(config.t5_words.split(), start=3)}
+        words = config.t5_words.split()
+        self.words = {word: n for n, word in enumerate(words, start=3)}
         self.frozen = []            # [T5] once loaded: a list hides it from parameters() and state_dict()
         self._tokenizer = None
         if config.t5 in SMALL_T5:

@@ -15,7 +15,7 @@ The encoder ("SEANet", arXiv 2009.02095) has a stage for each of `ratios`, the l
 then a strided convolution that divides the rate by the ratio and doubles the channels. An LSTM then reads the
 frames in order. The decoder is the mirror image. T = ceil(L / stride), stride = product of the ratios.
 With `causal` no convolution sees later samples, as a live call needs it. MusicGen has whole segments at hand,
-so its 32 kHz codec is not causal: in a stream, a frame can be played once the next 5 (100 ms) are known.
+so its 32 kHz codec is not causal: in a stream, a frame can be played once the next 4 (80 ms) are known.
 """
 import dataclasses
 import itertools
@@ -183,6 +183,7 @@ class EncodecModel(nn.Module):
         self.bandwidth = codebook_bandwidth(config)         # kb/s of one codebook
         self.encoder = build_encoder(config)
         self.decoder = build_decoder(config)
+        _, self.look_ahead, _, _ = reach(self.decoder)      # frames known before one can be played
         for layer in list(self.modules()):
             if config.norm == "weight_norm" and isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
                 parametrizations.weight_norm(layer)         # w = g v / |v| (arXiv 1602.07868)
@@ -201,26 +202,20 @@ class EncodecModel(nn.Module):
         reconstruction = self.decoder(latent)[..., :wav.shape[-1]]
         return reconstruction, codes, commit
 
-    @torch.no_grad()
     def encode(self, wav, n_q=None):
         """wav (B, C, L) -> codes (B, K, T), T = ceil(L / stride). n_q: fewer codebooks than there are.
         A mono codec takes stereo too -> (B, 2 K, T), rows 1L 1R 2L 2R ..., as in stereo MusicGen models."""
         if self.channels == 1 and wav.ndim == 3 and wav.shape[1] == 2:
-            left = self.encode(wav[:, :1], n_q)
-            right = self.encode(wav[:, 1:], n_q)
-            return torch.stack([left, right], 2).flatten(1, 2)              # (B, K, 2, T) -> (B, 2 K, T)
-        wav = self._checked(wav)
-        latent = self._run(self.encoder, wav, PIECE * self.stride)
-        return self.quantizer.encode(latent, n_q)
+            sides = torch.cat([wav[:, :1], wav[:, 1:]])
+            left_right = self.encode(sides, n_q).chunk(2)
+            return torch.stack(left_right, 2).flatten(1, 2)                 # (B, K, 2, T) -> (B, 2 K, T)
+        pieces = self._checked(wav).split(PIECE * self.stride, -1)
+        return torch.cat(list(self.encode_stream(pieces, n_q)), -1)
 
-    @torch.no_grad()
     def decode(self, codes):
         """codes (B, K, T) -> wav (B, C, T * stride). A mono codec: also (B, 2 K, T) -> (B, 2, T * stride)."""
-        if self.channels == 1 and codes.shape[1] == 2 * self.num_codebooks:
-            left = self.decode(codes[:, 0::2])
-            right = self.decode(codes[:, 1::2])
-            return torch.cat([left, right], 1)
-        return self._run(self.decoder, self.latents(codes), PIECE)
+        pieces = codes.split(PIECE, -1)
+        return torch.cat(list(self.decode_stream(pieces)), -1)
 
     def latents(self, codes):
         """codes (B, K, T) -> the sum of their entries (B, Z, T), which the decoder reads"""
@@ -229,23 +224,30 @@ class EncodecModel(nn.Module):
             raise UserError(f"codes {tuple(codes.shape)}: need frames of codes 0 ... {self.cardinality - 1}")
         return self.quantizer.decode(codes)
 
-    def encode_stream(self, pieces):
+    @torch.no_grad()
+    def encode_stream(self, pieces, n_q=None):
         """Pieces (B, C, l) of one wav -> iterator of codes (B, K, t) that join to what `encode` gives, up to
         rounding. Memory does not grow with the number of pieces. Mono codec, stereo: the sides as a batch."""
-        latents = stream(self.encoder, map(self._checked, pieces))
-        return map(self.quantizer.encode, latents)
+        for latent in stream(self.encoder, map(self._checked, pieces)):
+            yield self.quantizer.encode(latent, n_q)
 
+    @torch.no_grad()
     def decode_stream(self, pieces):
-        """Pieces of codes (B, K, t) -> likewise an iterator of waves (B, C, l) that join to `decode`'s."""
-        return stream(self.decoder, map(self.latents, pieces))
+        """Pieces of codes (B, K, t) -> likewise an iterator of waves (B, C, l) that join to `decode`'s. A
+        frame is given once the `look_ahead` frames behind it are known."""
+        stereo = False
 
-    def _run(self, layers, x, piece):
-        """layers(x), but a long x in pieces: the same up to rounding, in bounded memory"""
-        if x.shape[-1] > 2 * piece and self.config.norm != "time_group_norm":
-            pieces = stream(layers, x.split(piece, -1))
-            return torch.cat(list(pieces), -1)
-        dtype = next(layers.parameters()).dtype
-        return layers(x.to(dtype)).float()
+        def latents(codes):
+            nonlocal stereo
+            stereo = self.channels == 1 and codes.shape[1] == 2 * self.num_codebooks
+            if stereo:
+                left, right = codes[:, 0::2], codes[:, 1::2]
+                codes = torch.cat([left, right])                            # the sides as a batch
+            return self.latents(codes)
+        for wav in stream(self.decoder, map(latents, pieces)):
+            if stereo:
+                wav = torch.cat(wav.chunk(2), 1)                            # (2 B, 1, l) -> (B, 2, l)
+            yield wav
 
     def _checked(self, wav):
         if wav.ndim != 3 or wav.shape[1] != self.channels or wav.shape[2] == 0:
@@ -285,6 +287,9 @@ def stream(layers, pieces):
     Joined it is what the layers give for all at once, if that is longer than their paddings."""
     dtype = next(layers.parameters()).dtype
     pieces = (x.to(dtype) for x in pieces)
+    if any(isinstance(layer, nn.GroupNorm) for layer in layers.modules()):
+        x = torch.cat(list(pieces), -1)     # the norm is over all time
+        pieces, layers = [layers(x)], []
     for is_lstm, group in itertools.groupby(layers, lambda layer: isinstance(layer, LSTM)):
         if is_lstm:
             pieces = next(group).stream(pieces)
@@ -295,27 +300,37 @@ def stream(layers, pieces):
 
 def _stream_convs(layers, pieces):
     """Convolutions see only so far: a piece goes in with so much of its neighbors, which is cut off again."""
-    reach, down, up = 0.0, 1, 1     # inputs seen on one side; `down` inputs give `up` outputs
-    for layer in layers.modules():
-        if isinstance(layer, nn.GroupNorm):
-            raise UserError("norm = 'time_group_norm' is over all time: take encode or decode, not pieces")
-        if isinstance(layer, Conv):
-            reach += max(layer.left, layer.right) * down / up
-            down *= layer.stride
-        if isinstance(layer, ConvTranspose):        # every output comes of two neighboring frames
-            reach += 1 / up
-            up *= layer.stride
-    context = max(2, math.ceil(reach / down))       # in strides; 2: enough for reflection at the end
+    before, after, down, up = reach(layers)
+    before = max(2, before)         # enough for the reflection at the end
     held, done = None, 0            # the last inputs, and how many strides of them have given their outputs
     for x in pieces:
         held = x if held is None else torch.cat([held, x], -1)
-        ready = held.shape[-1] // down - context
-        if ready > done:
+        strides = held.shape[-1] // down
+        ready = strides - after
+        if ready > done and strides > before:       # the reflection at the beginning looks ahead that far
             yield layers(held)[..., done * up:ready * up]
-            start = max(0, ready - context)
+            start = max(0, ready - before)
             held, done = held[..., start * down:], ready - start
-    if held is not None:
+    if held is not None and held.shape[-1] > done * down:
         yield layers(held)[..., done * up:]
+
+
+def reach(layers):
+    """`down` inputs, a stride, give `up` outputs, which come of them and so many strides before and after."""
+    before = after = 0
+    down = up = 1
+    for layer in reversed(list(layers.modules())):      # from the outputs back to the inputs
+        if isinstance(layer, Conv):
+            before = before * layer.stride + layer.left
+            after = after * layer.stride + layer.right
+            down *= layer.stride
+        if isinstance(layer, ConvTranspose):            # every output comes of two neighboring frames
+            before = math.ceil(before / layer.stride) + 1
+            after = math.ceil((after + layer.left) / layer.stride)
+            up *= layer.stride
+    before = math.ceil(before / down)
+    after = math.ceil(after / down)
+    return before, after, down, up
 
 
 def demo(file=Path(__file__).parent / "assets/ode_to_joy.wav"):

@@ -36,10 +36,10 @@ class Pattern:
         frames, _ = self._tables(T, keep_only_valid_steps, codes.device)
         return _take(codes, frames, special)
 
-    def revert(self, sequence, T, special, keep_only_valid_steps=False):
+    def revert(self, sequence, T, special, keep_only_valid_steps=False, frames=slice(None)):
         """Sequence (B, K, S) -> codes (B, K, T), mask (K, T); `special` for codes that are in no column."""
         _, columns = self._tables(T, keep_only_valid_steps, sequence.device)
-        return _take(sequence, columns, special)
+        return _take(sequence, columns[:, frames], special)
 
     def revert_logits(self, logits, T, keep_only_valid_steps=False, fill=float("nan")):
         """Logits (B, K, S, V) -> those that predict each code (B, K, T, V), mask (K, T); else `fill`."""
@@ -60,6 +60,13 @@ class Pattern:
             if any(t == frame for t, _ in cells):
                 return s
         return self.steps(T)
+
+    def whole_frames(self, T):
+        """After each column, how many of the T frames are known in all codebooks (S numbers)."""
+        _, columns = self._tables(T, False, torch.device("cpu"))
+        last = columns.amax(0).cummax(0).values                         # column that completes each frame
+        steps = torch.arange(self.steps(T))
+        return torch.searchsorted(last, steps, right=True).tolist()
 
     @lru_cache(maxsize=64)
     @torch.inference_mode(False)  # tensors made in inference mode could not serve training afterwards

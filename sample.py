@@ -5,12 +5,12 @@
     python sample.py --text "a flute tune" --prompt recording.ogg --duration 20     # continues the recording
     python sample.py --help                             # all flags; they are in sampling/command.py
 
-The life of a sample (`MusicGen.generate`):
+The life of a sample (`MusicGen.generate`; `MusicGen.stream` gives it in pieces, as they are made):
 
     melody wav --separate, ChromaExtractor--> chroma (M, Q)      text ----------.
     condition_passes(conditions) ------------> Conditions of 2B rows: with the conditions, and without
-    generate(...), window by window ---------> codes (B, K, T)   one column of the pattern at a time
-    codec.decode(codes) ---------------------> wav (B, C, L)     written beside a JSON that reproduces it
+    stream_window(...), one after the other -> codes (B, K, t)   one column of the pattern at a time
+    codec.decode or codec.decode_stream -----> wav (B, C, L)     written beside a JSON that reproduces it
 
 The model knows segments of one length. Longer music is made in windows of that length (`windows`): each
 continues the last codes of the one before, and the melody moves with it.
@@ -19,89 +19,55 @@ continues the last codes of the one before, and the melody moves with it.
     |----- stride -----|-- known ---|------- new -------|
                                           |-- known ----|------- new -------|
 """
-import os
+import itertools
+import math
 import sys
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from checkpoints.files import open_checkpoint
 from chroma import ChromaExtractor, match_length
 from data.audio import LOUD
-from data.stems import as_wave, as_waves, separate
-from encodec import EncodecModel
-from lm import LMModel
-from system.devices import device_of, inference, pick_device
+from data.stems import as_descriptions, as_wave, as_waves, joint_waves, separate
+from encodec import PIECE
+from sampling.loading import check_codec, load_models
+from system.devices import device_of, inference, inference_steps
 from system.errors import UserError
 
-try:    # on a CPU PackedLinear and PackedCache (speed/decoding.py) take over from lm.py's layers and cache
-    from speed import fastest_dtype, optimize_codec, optimize_for_cpu
-except ImportError:     # without that folder everything computes as it is written here
-    fastest_dtype = optimize_codec = optimize_for_cpu = None
+
+class Settings(NamedTuple):
+    """How codes are chosen: see `guide`, `draw`, `condition_passes`."""
+    guidance: float = 3.0       # 1 is the conditional model, 0 the unconditional one
+    temperature: float = 1.0
+    top_k: int = 250
+    top_p: float = 0.0
+    two_step: bool = False
 
 
 class MusicGen:
     """A language model with its codec: `MusicGen.from_pretrained(X).generate([...])`."""
 
-    DTYPES = ("float32", "bfloat16", "float16", "int8", "auto")
     MAX_DURATION = 3600.0   # s; a guard against --duration 1e9, not a limit of the method
 
     def __init__(self, lm, codec):
-        self.lm, self.codec = lm.eval(), codec.eval()
+        self.lm = lm.eval()
+        self.codec = codec.eval()
         self.config = config = lm.config
-        self.sample_rate, self.frame_rate = codec.sample_rate, codec.frame_rate
+        self.settings = Settings(config.cfg_coef, config.temperature, config.top_k, config.top_p)
+        self.sample_rate = codec.sample_rate                    # Hz
+        self.frame_rate = codec.frame_rate                      # code frames/s
         self.chroma_rate = codec.sample_rate / config.hop       # chroma frames/s
         self.chroma_frames = config.chroma_frames               # M of a window
         self.codec_device = device_of(codec)
-        streams = max(1, config.channels // codec.channels)     # 2 of a mono codec, interleaved, for stereo
-        K = config.n_q // streams
-        if codec.num_codebooks < K or codec.cardinality != config.card:
-            raise UserError(f"the language model speaks {K} codebooks of {config.card} entries, its codec "
-                            f"{codec.num_codebooks} of {codec.cardinality}; set codec = to the one it was "
-                            f"trained with")
+        check_codec(codec, config)
 
     @classmethod
     def from_pretrained(cls, name_or_dir, device="auto", dtype="float32", compile=False):
-        """Loads our directory, a transformers directory or hub id, or a directory in audiocraft's format.
-
-        dtype: of the language model's weights; "int8" is for the CPU, "auto" the fastest for the device. The
-        codec stays in float32, but for its decoder on a CPU that computes in bfloat16. compile: the layers by
-        torch.compile, where speed/kernels.c does not run them. Raises UserError for what does not fit.
-        """
-        # oneDNN, and torch beside it, keep code for up to 1,024 lengths: memory would grow for hours
-        for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(variable, "16")
-        if dtype not in cls.DTYPES:
-            raise UserError(f"dtype {dtype!r}: must be one of {', '.join(cls.DTYPES)}")
-        device, directory = pick_device(device), open_checkpoint(name_or_dir, with_codec=True)
-        if dtype == "auto":
-            dtype = fastest_dtype(device) if fastest_dtype else "float32"
-        if dtype == "int8" and device.type != "cpu":
-            raise UserError(f"dtype 'int8' is for the CPU; on {device.type} take bfloat16 or float16")
-        if dtype == "int8" and not optimize_for_cpu:
-            raise UserError("dtype 'int8' needs the folder speed/, which is not here; take float32")
-
-        prepare = optimize_for_cpu if device.type == "cpu" and dtype != "float16" else None
-        lm = LMModel.from_pretrained(directory, getattr(torch, dtype), prepare).to(device)
-        if compile and not lm.packed:
-            for layer in lm.layers:     # they are alike and compile once
-                layer.compile()
-        # the codec's convolutions and nearest-neighbor search can be wrong on mps; it is a small part
-        codec_device = "cpu" if device.type == "mps" else device
-        codec = cls.load_codec(directory, lm).fold().to(codec_device)
-        if optimize_codec and device_of(codec).type == "cpu":
-            narrow = device.type == "cpu" and dtype in ("bfloat16", "int8")
-            codec = optimize_codec(codec, torch.bfloat16 if narrow else torch.float32)
+        """See `load_models` in sampling/loading.py."""
+        lm, codec = load_models(name_or_dir, device, dtype, compile)
         return cls(lm, codec)
-
-    @staticmethod
-    def load_codec(name_or_dir, lm):
-        """The codec inside a model's directory, else the one that its configuration names."""
-        inside = open_checkpoint(name_or_dir) / "codec"
-        return EncodecModel.from_pretrained(inside if inside.is_dir() else lm.config.codec)
 
     def save(self, directory, compact=False):
         """Writes what from_pretrained reads, codec included. compact: int8 matrices, float16 the rest."""
@@ -114,18 +80,30 @@ class MusicGen:
 
         melodies: one wave (C, L) or None per description, or (B, C, L), or one for all. prompt: waves alike
         that the results begin with; the duration includes it. Rates in Hz, default: the model's. What is a
-        wave: data/stems.py. settings: see `generate_codes`. Raises UserError for what cannot be done.
+        wave: data/stems.py. settings: see `stream_codes`. Raises UserError for what cannot be done.
         """
-        descriptions = as_descriptions(descriptions)
-        B = len(descriptions)
-        if prompt is not None:
-            prompt = self.encode_prompt(prompt, prompt_sample_rate, B)
+        waves = self.stream(descriptions, melodies, melody_sample_rate, prompt, prompt_sample_rate, duration,
+                            PIECE / self.frame_rate, **settings)
+        return torch.cat(list(waves), dim=-1)
+
+    def stream(self, descriptions, melodies=None, melody_sample_rate=None, prompt=None,
+               prompt_sample_rate=None, duration=None, chunk=0.5, **settings):
+        """What `generate` gives as it is made: an iterator of waves (B, C, l), `chunk` seconds each.
+
+        The last one is shorter. A wave is made when it is asked for, in memory that does not grow; several
+        iterators of a model do not meet, and one that is closed or forgotten leaves nothing behind.
+        """
+        if not 0 < chunk <= self.MAX_DURATION:
+            raise UserError(f"chunk {chunk} s: must be more than 0 and at most {self.MAX_DURATION:.0f} s")
+        B = len(as_descriptions(descriptions))
         chromas = None
         if melodies is not None:
             waves = as_waves(melodies, melody_sample_rate, self.sample_rate, B, "melody")
             chromas = [wav if wav is None else self.melody_chroma(wav) for wav in waves]
-        codes = self.generate_codes(descriptions, chromas, prompt, duration, **settings)
-        return self.decode(codes, duration)
+        if prompt is not None:
+            prompt = self.encode_prompt(prompt, prompt_sample_rate, B)
+        codes = self.stream_codes(descriptions, chromas, prompt, duration, **settings)
+        return self.decode_stream(codes, duration, chunk)
 
     def melody_chroma(self, melody, sample_rate=None, stem=None):
         """Melody wave (L,), (C, L) or (L, C), any rate and length -> chroma (M, Q) of its separated stem."""
@@ -137,98 +115,96 @@ class MusicGen:
     @inference()
     def encode_prompt(self, prompt, sample_rate, batch):
         """Waves to continue, see `as_waves`, one for all or one an item -> codes (B, K, T0), whole frames."""
-        C, stride = self.config.channels, self.config.stride
-        waves = []
-        for wav in as_waves(prompt, sample_rate, self.sample_rate, batch, "prompt", loudest=LOUD):
-            if wav is None:
-                raise UserError("prompt: one for all, or one for each description; None is none")
-            if C == 1 or wav.shape[0] == 1:
-                wav = wav.mean(0, keepdim=True).expand(C, -1)
-            frames = wav.shape[-1] // stride
-            if not frames:
-                raise UserError(f"the prompt is shorter than one frame of {1 / self.frame_rate:.3f} s; give "
-                                f"a longer one")
-            waves.append(wav[:C, :frames * stride])
-        if len({wav.shape for wav in waves}) != 1:
-            raise UserError("the prompts differ in length; cut them to that of the shortest")
-        codes = self.codec.encode(torch.stack(waves).to(self.codec_device))
+        waves = as_waves(prompt, sample_rate, self.sample_rate, batch, "prompt", loudest=LOUD)
+        prompt = joint_waves(waves, self.config.channels, self.codec.stride, "prompt")
+        codes = self.codec.encode(prompt.to(self.codec_device))
         return codes[:, :self.config.n_q]
 
-    @inference()
     def decode(self, codes, duration=None):
         """Codes (B, K, T) -> wav (B, C, L), cut to `duration` seconds."""
-        wav = self.codec.decode(codes.to(self.codec_device)).float().cpu()
-        if duration is None:
-            return wav
-        L = max(1, round(duration * self.sample_rate))
-        return wav[..., :L]
+        waves = self.decode_stream([codes], duration, PIECE / self.frame_rate)
+        return torch.cat(list(waves), dim=-1)
 
-    @inference()
-    def generate_codes(self, descriptions, chromas=None, prompt=None, duration=None, seeds=None,
-                       guidance=None, two_step=False, temperature=None, top_k=None, top_p=None,
-                       progress=False, interrupted=()):
-        """Descriptions and chromas ((M, Q) or None each) -> codes (B, K, T).
+    @inference_steps
+    def decode_stream(self, codes, duration=None, chunk=0.5):
+        """Pieces of codes (B, K, t) -> waves (B, C, l) of `chunk` seconds that join to those of `decode`."""
+        duration = duration or self.MAX_DURATION
+        left = max(1, round(duration * self.sample_rate))                   # samples
+        size = max(1, round(chunk * self.sample_rate))
+        frames = min(PIECE, math.ceil(size / self.codec.stride))
+        pieces = regroup(codes, frames, frames + self.codec.look_ahead)
+        pieces = (piece.to(self.codec_device) for piece in pieces)
+        waves = self.codec.decode_stream(pieces)
+        for wav in regroup(waves, size, size):
+            yield wav[..., :left].float().cpu()
+            left -= size
+            if left <= 0:
+                return
 
-        prompt: codes (B, K, T0) to continue. seeds: a number an item, which in float32 gives it the same
-        music alone and in a batch. Defaults are the configuration's. progress: show a bar. `interrupted`: turns
-        true when generation is to end with the frames that are whole. Raises UserError for what cannot be done.
+    def generate_codes(self, descriptions, chromas=None, prompt=None, duration=None, **settings):
+        """The codes of `stream_codes`, joined: (B, K, T)."""
+        codes = self.stream_codes(descriptions, chromas, prompt, duration, **settings)
+        return torch.cat(list(codes), dim=-1).cpu()
+
+    def stream_codes(self, descriptions, chromas=None, prompt=None, duration=None, seeds=None,
+                     **settings):
+        """Descriptions and chromas ((M, Q) or None each) -> iterator of codes (B, K, t), see `stream_window`.
+
+        prompt: codes (B, K, T0) to continue, which come first. seeds: a number an item, which in float32 gives
+        it the same music alone and in a batch. settings: those of `Settings`, None and missing ones as in the
+        configuration. Raises UserError for what cannot be done.
         """
         descriptions = as_descriptions(descriptions)
-        config, B = self.config, len(descriptions)
+        config = self.config
+        B = len(descriptions)
         chromas = [None] * B if chromas is None else chromas
         duration = config.segment_duration if duration is None else duration
         seeds = range(config.seed, config.seed + B) if seeds is None else seeds
-        guidance = config.cfg_coef if guidance is None else guidance
-        temperature = config.temperature if temperature is None else temperature
-        top_k = config.top_k if top_k is None else top_k
-        top_p = config.top_p if top_p is None else top_p
-        codes = torch.empty(B, config.n_q, 0, dtype=torch.long)
-        if prompt is not None:
-            codes = prompt.cpu()
-            if codes.shape[:2] != (B, config.n_q):
-                raise UserError(f"prompt: must be codes ({B}, {config.n_q}, T0), not {tuple(codes.shape)}")
-        T0 = codes.shape[-1]
-        self.check_arguments(B, chromas, T0, duration, seeds, guidance, temperature, top_k, top_p)
+        given = {name: value for name, value in settings.items() if value is not None}
+        settings = self.settings._replace(**given)
+        if prompt is None:
+            prompt = torch.empty(B, config.n_q, 0, dtype=torch.long)
 
-        T = self.frames(duration)
-        longest = self.frames(config.segment_duration)
-        stride = self.frames(config.extend_stride)
-        delay = config.melody_delay * max(0, guidance - 1) * self.frame_rate        # frames
-        with tqdm(total=T - T0, unit="frame", disable=not progress, desc="sampling") as bar:
-            for n, (start, known, end) in enumerate(windows(T, T0, longest, stride)):
-                if interrupted:
-                    break
-                conditions = self.window_conditions(descriptions, chromas, start)
-                passes = condition_passes(self.lm, conditions, end - start, guidance, two_step)
-                passes = [delay_melody(encoded, delay) for encoded in passes]
-                window_seeds = [seed + 1_000_003 * n for seed in seeds]     # far from those of other items
-                on_column = partial(advance, bar, end - known, interrupted)
-                window = generate(self.lm, passes, end - start, window_seeds, codes[..., start:], guidance,
-                                  temperature, top_k, top_p, on_column)
-                new = window[..., known - start:]
-                codes = torch.cat([codes, new.cpu()], dim=-1)
-        known_frames = (codes >= 0).all(dim=1).all(dim=0)       # all, unless interrupted: (T,)
-        return codes[..., :known_frames.cumprod(0).sum()]
-
-    def check_arguments(self, B, chromas, T0, duration, seeds, guidance, temperature, top_k, top_p):
-        """Raises UserError for arguments of `generate_codes` that make no sense, alone or together."""
         if len(chromas) != B or len(seeds) != B:
             raise UserError(f"{B} descriptions need as many melodies and seeds, not {len(chromas)} and "
                             f"{len(seeds)}")
         if not 0 < duration <= self.MAX_DURATION:
             raise UserError(f"duration {duration} s: must be more than 0 and at most "
                             f"{self.MAX_DURATION:.0f} s")
-        if not (temperature >= 0 and top_k >= 0 and 0 <= top_p <= 1):
-            raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative, top_p "
-                            f"{top_p} within 0 and 1")
-        if not abs(guidance) <= 1000:
-            raise UserError(f"guidance {guidance}: must lie between -1000 and 1000; 3 is usual")
-        if self.config.melody == "none" and any(chroma is not None for chroma in chromas):
+        if not (settings.temperature >= 0 and settings.top_k >= 0 and 0 <= settings.top_p <= 1):
+            raise UserError(f"temperature {settings.temperature} and top_k {settings.top_k} must not be "
+                            f"negative, top_p {settings.top_p} within 0 and 1")
+        if not abs(settings.guidance) <= 1000:
+            raise UserError(f"guidance {settings.guidance}: must lie between -1000 and 1000; 3 is usual")
+        if config.melody == "none" and any(chroma is not None for chroma in chromas):
             raise UserError("this model was trained on text only and takes no melody; use a melody model or "
                             "leave it out")
-        if T0 >= self.frames(duration):
+        if prompt.shape[:2] != (B, config.n_q):
+            raise UserError(f"prompt: must be codes ({B}, {config.n_q}, T0), not {tuple(prompt.shape)}")
+        T = self.frames(duration)
+        if prompt.shape[-1] >= T:
             raise UserError(f"the duration {duration} s includes the prompt, which is as long or longer; "
                             f"ask for more")
+        return self.stream_windows(descriptions, chromas, prompt, T, seeds, settings)
+
+    @inference_steps
+    def stream_windows(self, descriptions, chromas, prompt, T, seeds, settings):
+        """The prompt, then window by window the codes that it is continued with up to T frames."""
+        longest = self.frames(self.config.segment_duration)
+        stride = self.frames(self.config.extend_stride)
+        delay = self.config.melody_delay * max(0, settings.guidance - 1) * self.frame_rate      # frames
+        codes = prompt.to(self.lm.emb.weight.device)
+        yield codes
+        for n, (start, known, end) in enumerate(windows(T, prompt.shape[-1], longest, stride)):
+            before = codes.shape[-1] - (known - start)
+            codes = codes[..., before:]         # what is before the window is not needed any more
+            conditions = self.window_conditions(descriptions, chromas, start)
+            passes = condition_passes(self.lm, conditions, end - start, settings.guidance, settings.two_step)
+            passes = [delay_melody(encoded, delay) for encoded in passes]
+            window_seeds = [seed + 1_000_003 * n for seed in seeds]     # far from those of other items
+            for new in stream_window(self.lm, passes, end - start, window_seeds, codes, settings):
+                codes = torch.cat([codes, new], dim=-1)
+                yield new
 
     def frames(self, duration):
         """T of so many seconds."""
@@ -255,12 +231,6 @@ def windows(T, known, longest, stride):
         known = end
 
 
-def advance(bar, frames, interrupted, done, columns):
-    """Moves the bar by a frame in the first `frames` columns of a window; the delays add a few columns."""
-    bar.update(int(done <= frames))
-    return bool(interrupted)    # true ends the generation
-
-
 def delay_melody(conditions, frames):
     """Conditions whose melody frames have the times of music that comes `frames` later (ours).
 
@@ -274,25 +244,17 @@ def delay_melody(conditions, frames):
     return conditions._replace(prefix_time=time)
 
 
-def as_descriptions(texts):
-    """Texts, strings or None, as a list; a single string is one. Raises UserError for anything else."""
-    texts = [texts] if isinstance(texts, str) else texts
-    known = isinstance(texts, (list, tuple)) and all(isinstance(x, (str, type(None))) for x in texts)
-    if not known:
-        raise UserError(f"descriptions: must be a list of strings or None, not {texts!r:.60}")
-    if not texts:
-        raise UserError("nothing to generate: give at least one description (None for none)")
-    return list(texts)
-
-
 def condition_passes(lm, conditions, T, guidance=3.0, two_step=False):
     """The conditions of the forward passes that each column of `generate` takes, for T frames.
 
     One batch of 2B: the items, then the same without text and melody, each keeping its number of frames.
-    With two_step two batches of B, where the null text is a single frame; with guidance 1 the items alone.
+    With two_step two batches of B, where the null text is a single frame. Where both are the same, with
+    guidance 1 or without any text and melody, the items alone.
     """
     S = lm.pattern.steps(T)
-    if guidance == 1 or lm.config.text == lm.config.melody == "none":
+    values = itertools.chain(*conditions.values())
+    given = any(value is not None for value in values)
+    if guidance == 1 or not given:
         return [lm.conditioner(conditions, S)]
     if two_step:
         nothing = {name: [None] * len(values) for name, values in conditions.items()}
@@ -300,40 +262,47 @@ def condition_passes(lm, conditions, T, guidance=3.0, two_step=False):
     return [lm.conditioner(conditions, S, guidance=True)]
 
 
-@torch.inference_mode()
-def generate(lm, passes, T, seeds, prompt=None, guidance=3.0, temperature=1.0, top_k=250,
-             top_p=0.0, progress=None):
-    """Codes (B, K, T), one item per seed, under the conditions of `condition_passes`.
+def generate(lm, passes, T, seeds, prompt=None, **settings):
+    """Codes (B, K, T), one item per seed: the prompt, and what `stream_window` continues it with."""
+    if prompt is None:
+        prompt = torch.empty(len(seeds), lm.config.n_q, 0, dtype=torch.long)
+    prompt = prompt.to(lm.emb.weight.device)
+    settings = Settings(**settings)
+    new = stream_window(lm, passes, T, seeds, prompt, settings)
+    return torch.cat([prompt, *new], dim=-1)
 
-    prompt: codes (B, K, T0 < T) that the result begins with. guidance 1 is the conditional model, 0 the
-    unconditional one. progress(columns_done, columns): called after every column; if what it returns is true,
-    generation ends, with -1 for the codes that are not known yet.
+
+@inference_steps
+def stream_window(lm, passes, T, seeds, prompt, settings):
+    """Continues a prompt (B, K, T0), which may be empty, to T frames, under `condition_passes`.
+
+    After each column it yields the codes (B, K, t) of the frames that are whole now: none or one, mostly.
     """
-    device = lm.emb.weight.device
-    B, K = len(seeds), lm.config.n_q
+    guidance, temperature, top_k, top_p, _ = settings
+    B, K, T0 = prompt.shape
     rows = max(B, passes[0].batch)
     if rows not in (B, 2 * B):
         raise ValueError(f"{rows} conditions for {B} items")
-    codes = torch.full((B, K, T), -1, device=device)                        # -1: not known yet
-    T0 = 0 if prompt is None else prompt.shape[-1]
-    if T0:
-        codes[..., :T0] = prompt.to(device)
+    codes = F.pad(prompt, (0, T - T0), value=-1)                            # -1: not known yet
     sequence, real = lm.pattern.build(codes, lm.special)                    # (B, K, S), (K, S)
     S = sequence.shape[-1]
     uniform = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         uniform.append(torch.rand(S, K, generator=generator))
-    uniform = torch.stack(uniform).to(device)                               # (B, S, K)
+    uniform = torch.stack(uniform).to(prompt.device)                        # (B, S, K)
     caches = [lm.new_cache(rows, S + conditions.prefix_length) for conditions in passes]
 
-    first = max(1, lm.pattern.first_step(T, T0))
+    whole = lm.pattern.whole_frames(T)
+    done = T0
     previous = 0
-    for s in range(first, S):
-        columns = sequence[..., previous:s].repeat(rows // B, 1, 1)
+    for s in range(max(1, lm.pattern.first_step(T, T0)), S):
+        columns = sequence[..., previous:s]
+        columns = columns.repeat(rows // B, 1, 1)
         logits = []
         for conditions, cache in zip(passes, caches):
-            logits.append(lm(columns, conditions, cache)[:, :, -1])
+            predictions = lm(columns, conditions, cache)
+            logits.append(predictions[:, :, -1])
         logits = torch.cat(logits)                                          # (B or 2B, K, V)
         if len(logits) == 2 * B:
             conditional, null = logits.float().chunk(2)
@@ -343,9 +312,22 @@ def generate(lm, passes, T, seeds, prompt=None, guidance=3.0, temperature=1.0, t
         known = sequence[..., s]
         sequence[..., s] = torch.where(known == -1, new, known)
         previous = s
-        if progress is not None and progress(s - first + 1, S - first):
-            break
-    return lm.pattern.revert(sequence, T, lm.special)[0]
+        frames = slice(done, whole[s])
+        codes, _ = lm.pattern.revert(sequence, T, lm.special, frames=frames)
+        yield codes
+        done = max(done, whole[s])
+
+
+def regroup(pieces, size, first):
+    """Consecutive pieces (..., any length) -> pieces of length `size`, but for the first and the last one."""
+    held = None
+    for piece in pieces:
+        held = piece if held is None else torch.cat([held, piece], dim=-1)
+        while held.shape[-1] >= first:
+            yield held[..., :first]
+            held, first = held[..., first:], size
+    if held is not None and held.shape[-1]:
+        yield held
 
 
 def guide(conditional, null, guidance):

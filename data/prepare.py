@@ -180,9 +180,8 @@ class Preparer:
         """Consecutive waves (B, C, L) of a recording, B sides of a stereo pair -> codes (T, B K) uint16."""
         first = list(itertools.islice(waves, 2))
         waves = itertools.chain(first, waves)
-        needs_all = self.codec.config.norm == "time_group_norm"     # it normalizes over the whole recording
-        if len(first) == 1 or needs_all:
-            return rows(self.codec.encode(torch.cat(list(waves), -1)))
+        if len(first) == 1:
+            return rows(self.codec.encode(first[0]))
         pieces = (piece for wav in waves for piece in wav.split(PIECE * self.codec.stride, -1))
         return np.concatenate([rows(codes) for codes in self.codec.encode_stream(pieces)])
 

@@ -130,9 +130,20 @@ def _demucs(wav, sample_rate: int):
     return F.pad(melody, (0, missing))[:, :L]
 
 
-# --- waves from Python ------------------------------------------------------------------------------------
+# --- texts and waves from Python ---------------------------------------------------------------------------
 
 INTEGERS = {torch.int16: 2.0 ** 15, torch.int32: 2.0 ** 31}     # what stands for 1.0
+
+
+def as_descriptions(texts):
+    """Texts, strings or None, as a list; a single string is one. Raises UserError for anything else."""
+    texts = [texts] if isinstance(texts, str) else texts
+    known = isinstance(texts, (list, tuple)) and all(isinstance(x, (str, type(None))) for x in texts)
+    if not known:
+        raise UserError(f"descriptions: must be a list of strings or None, not {texts!r:.60}")
+    if not texts:
+        raise UserError("nothing to generate: give at least one description (None for none)")
+    return [text or None for text in texts]
 
 
 def as_waves(waves, old: int | None, new: int, B: int, name: str, loudest=math.inf) -> list:
@@ -155,6 +166,23 @@ def as_waves(waves, old: int | None, new: int, B: int, name: str, loudest=math.i
         label = name if len(waves) == 1 else f"{name} {n + 1}"
         given.append(None if wav is None else as_wave(wav, old, new, label, loudest))
     return given * (B // len(given)) if B else []
+
+
+def joint_waves(waves: list, C: int, stride: int, name: str):
+    """Waves of `as_waves` -> (B, C, L), whole strides. Raises UserError if one is missing or too short."""
+    cut = []
+    for wav in waves:
+        if wav is None:
+            raise UserError(f"{name}: one for all, or one for each description; None is none")
+        if C == 1 or wav.shape[0] == 1:
+            wav = wav.mean(0, keepdim=True).expand(C, -1)
+        frames = wav.shape[-1] // stride
+        if not frames:
+            raise UserError(f"the {name} is shorter than one frame of {stride} samples; give a longer one")
+        cut.append(wav[:C, :frames * stride])
+    if len({wav.shape for wav in cut}) != 1:
+        raise UserError(f"the {name}s differ in length; cut them to that of the shortest")
+    return torch.stack(cut)
 
 
 @inference()

@@ -11,11 +11,15 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 from checkpoints.files import is_audiocraft, open_checkpoint
 from checkpoints.lm_formats import export_transformers, read_config
 from config import FIELDS
 from data.audio import check_format, check_recording, read_audio, write_audio
 from lm import LMModel
+from sampling.loading import DTYPES, codec_of
 from sampling.takes import (DEFAULT_CHECKPOINT, files_of, metadata, output_names, read_codes, tags_of,
                             write_codes)
 from system.command import Parser
@@ -64,7 +68,7 @@ def parse(MusicGen, argv):
     add("--stem", choices=FIELDS["stem"].metadata["choices"],
         help="how the melody is separated from its recording")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="float32", choices=list(MusicGen.DTYPES), help="of the language model's weights")
+    add("--dtype", default="float32", choices=list(DTYPES), help="of the language model's weights")
     add("--page", metavar="DIR", help="also write DIR/index.html, a page to listen to the results")
     add("--compile", action="store_true",
         help="torch.compile the layers, but on a CPU with a C compiler, where kernels.c is faster")
@@ -100,8 +104,16 @@ def main(MusicGen, argv):
     chromas = read_melodies(model, args, melodies)
     prompt = read_prompt(model, args, len(texts))
     interrupted = catch_interrupt() if args.keep_partial else []
-    codes = model.generate_codes(texts, chromas, prompt, args.duration, seeds, args.guidance, args.two_step,
-                                 args.temperature, args.top_k, args.top_p, True, interrupted)
+    pieces = []
+    with tqdm(total=round(args.duration * model.frame_rate), unit="frame", desc="sampling") as bar:
+        for new in model.stream_codes(texts, chromas, prompt, args.duration, seeds, guidance=args.guidance,
+                                      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                                      two_step=args.two_step):
+            pieces.append(new)
+            bar.update(new.shape[-1])
+            if interrupted:
+                break
+    codes = torch.cat(pieces, dim=-1).cpu()
     if not codes.shape[-1]:
         raise UserError("interrupted before the first frame was whole: nothing is written")
     wav = model.decode(codes, args.duration)                                # (B, C, L)
@@ -127,7 +139,7 @@ def export(MusicGen, args):
         if directory:
             check_writable(Path(directory) / "config.json")
     lm = LMModel.from_pretrained(open_checkpoint(args.checkpoint, with_codec=True))
-    codec = MusicGen.load_codec(args.checkpoint, lm)
+    codec = codec_of(args.checkpoint, lm)
     if args.export:
         MusicGen(lm, codec).save(args.export, compact=True)
     if args.export_hf:

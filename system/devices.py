@@ -1,5 +1,6 @@
 """Devices: which one to compute on, and where a module is; and settings of torch that a caller may have."""
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 
 import torch
 from torch import nn
@@ -49,6 +50,21 @@ def inference():
     """torch_defaults without gradients. (In torch.inference_mode a caller could not change the result.)"""
     with torch_defaults(), torch.no_grad():
         yield
+
+
+def inference_steps(generator):
+    """`inference` for a generator function: in its steps, but not between them, while others compute."""
+    @wraps(generator)
+    def steps(*args, **kwargs):
+        iterator = generator(*args, **kwargs)
+        while True:
+            with inference():
+                try:
+                    result = next(iterator)
+                except StopIteration:
+                    return
+            yield result
+    return steps
 
 
 def device_of(module: nn.Module) -> torch.device:

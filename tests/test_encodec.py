@@ -241,10 +241,38 @@ def test_streams_of_codes_and_waves(changes):
     assert len(parts) > 1 and worst(torch.cat(parts, -1), codec.decode(codes)) < 1e-5
 
 
-def test_a_norm_over_all_time_does_not_stream():
+@torch.no_grad()
+def test_a_norm_over_all_time_comes_at_the_end():
     codec = tiny_codec(norm="time_group_norm")
-    with pytest.raises(UserError, match="time_group_norm"):
-        list(codec.encode_stream(iter([noise(1, 1, 50)])))
+    wav = noise(1, 1, 900)
+    codes = codec.encode(wav)
+    assert torch.equal(torch.cat(list(codec.encode_stream(iter(wav.split(50, -1)))), -1), codes)
+    parts = list(codec.decode_stream(iter(codes.split(7, -1))))
+    assert len(parts) == 1 and worst(parts[0], codec.decoder(codec.latents(codes))) < 1e-5
+
+
+@pytest.mark.parametrize("changes", STREAMED, ids=str)
+@torch.no_grad()
+def test_look_ahead_is_what_the_decoder_needs_and_no_more(changes):
+    """A frame that changes is heard in the `look_ahead` frames before it and none earlier."""
+    codec, n, codes = tiny_codec(**changes), 30, torch.zeros(1, 3, 40, dtype=torch.long)
+    latents = noise(1, 8, 40)
+    changed = latents.clone()
+    changed[..., n] += 1
+    differ = (codec.decoder(latents) != codec.decoder(changed)).any(1)[0]
+    assert int(differ.nonzero()[0]) // codec.stride == n - codec.look_ahead
+    assert codec.look_ahead == 0 or not codec.config.causal
+    pieces = codec.decode_stream(iter(codes.split([20, 1, 1, 18], -1)))
+    lengths = [next(pieces).shape[-1] // codec.stride for _ in range(3)]
+    assert lengths == [20 - codec.look_ahead, 1, 1], "a frame is given as soon as it can be known"
+
+
+def test_stereo_in_pieces():
+    codec = tiny_codec()
+    codes = codec.encode(noise(3, 2, 60 * codec.stride))
+    left, right = codec.decode(codes[:, 0::2]), codec.decode(codes[:, 1::2])
+    wav = torch.cat(list(codec.decode_stream(iter(codes.split(9, -1)))), -1)
+    assert wav.shape[:2] == (3, 2) and worst(wav, torch.cat([left, right], 1)) < 1e-5
 
 
 # --- the demo ---------------------------------------------------------------------------------------------

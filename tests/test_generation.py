@@ -8,7 +8,7 @@ import torch
 from conditioners import Conditions
 from deviations import golden, same
 from models import OPTIONS, conditions_of, make, model_of_audiocraft, prefix_of
-from sample import condition_passes, draw, generate, guide
+from sample import Settings, condition_passes, draw, generate, guide, stream_window
 
 
 # --- audiocraft's numbers ---------------------------------------------------------------------------------
@@ -66,14 +66,27 @@ def test_a_prompt_is_kept_and_no_condition_is_fine():
     assert codes.shape == (2, 4, 15) and torch.equal(codes[..., :6], prompt) and (codes >= 0).all()
 
 
-def test_progress_counts_the_columns_and_may_end_the_generation():
-    lm, T, seen = make(), 12, []
-    passes = condition_passes(lm, conditions_of(lm, ["flute"], [None]), T)
-    whole = generate(lm, passes, T, [0], progress=lambda done, columns: seen.append((done, columns)))
-    assert seen == [(n, T + 3) for n in range(1, T + 4)]
-    part = generate(lm, passes, T, [0], progress=lambda done, columns: done == 7)
-    assert (part[0] >= 0).sum(1).tolist() == [7, 6, 5, 4]   # later codebooks are delayed; -1 is not known yet
-    assert torch.equal(part[part >= 0], whole[part >= 0])
+def test_frames_come_once_they_are_whole():
+    lm, T, prompt = make(), 12, torch.randint(5, (2, 4, 3))
+    conditions = conditions_of(lm, ["flute", None], [None, None])
+    passes = condition_passes(lm, conditions, T)
+    pieces = list(stream_window(lm, passes, T, [0, 1], prompt, Settings()))
+    assert [piece.shape[-1] for piece in pieces] == [0, 0, 0] + 9 * [1]    # delays of 0 to 3 columns
+    assert torch.equal(torch.cat([prompt, *pieces], -1), generate(lm, passes, T, [0, 1], prompt))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0, 8.0])
+def test_one_pass_does_without_any_condition(guidance):
+    """Both halves of guidance are the same then."""
+    lm, T = make(), 12
+    nothing, something = (conditions_of(lm, [None, text], [None, None]) for text in (None, "flute"))
+    one = condition_passes(lm, nothing, T, guidance)
+    two = condition_passes(lm, something, T, guidance)
+    assert [passes.batch for passes in one + two] == [2, 4]
+    alone = generate(lm, one, T, [0, 1], guidance=guidance)
+    assert torch.equal(alone[0], generate(lm, two, T, [0, 1], guidance=guidance)[0])
+    steps = [lm.conditioner(nothing, lm.pattern.steps(T))] * 2
+    assert torch.equal(alone, generate(lm, steps, T, [0, 1], guidance=guidance))
 
 
 # --- guidance ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_sample.py
 """
+import gc
 import json
 import shlex
 import shutil
@@ -109,6 +110,73 @@ def test_a_prompt_is_kept_verbatim_and_continued(musicgen):
         musicgen.generate_codes(["x"], prompt=prompt, duration=0.05)
 
 
+# --- the class: music as it is made -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, arguments", [
+    (dict(), dict(descriptions=["x"], duration=0.25)),
+    (dict(), dict(descriptions=["x", None], duration=0.7)),         # three windows
+    (dict(channels=2), dict(descriptions=["x", "y"], duration=0.5, prompt=[wave(channels=2, seconds=0.1)])),
+    (dict(), dict(descriptions=["x"], duration=0.6, prompt=wave(seconds=0.4))),     # over one window
+    (dict(positional_embedding="rope", melody_delay=0.01),
+     dict(descriptions=["x", None], duration=0.5, melodies=[wave(330), None])),
+    (dict(pattern="coarse_first"), dict(descriptions=[None], duration=0.3)),
+    (dict(text="cross", melody="none"), dict(descriptions=["x"], duration=0.4, two_step=True)),
+], ids=["one window", "windows", "stereo", "prompt", "melody", "coarse first", "text model"])
+def test_a_stream_joins_to_what_generate_gives(options, arguments):
+    model = make(**options)
+    expected = model.generate(**arguments)
+    whole = model.codec.decode(model.generate_codes(**without_waves(model, arguments)))
+    torch.testing.assert_close(expected, whole[..., :expected.shape[-1]], rtol=0, atol=1e-5)
+    for chunk in (0.05, 0.0613, 10.0):
+        waves = list(model.stream(**arguments, chunk=chunk))
+        torch.testing.assert_close(torch.cat(waves, -1), expected, rtol=0, atol=1e-5)
+        size = round(chunk * RATE)
+        assert all(part.shape[-1] == size for part in waves[:-1]) and 0 < waves[-1].shape[-1] <= size
+
+
+def without_waves(model, arguments) -> dict:
+    """Arguments of `generate` as those of `generate_codes`."""
+    arguments, B = dict(arguments), len(arguments["descriptions"])
+    if "prompt" in arguments:
+        arguments["prompt"] = model.encode_prompt(arguments["prompt"], None, B)
+    melodies = arguments.pop("melodies", [None] * B)
+    return arguments | {"chromas": [None if wav is None else model.melody_chroma(wav) for wav in melodies]}
+
+
+def test_two_streams_do_not_meet(musicgen):
+    settings = [dict(descriptions=["x"], seeds=[1]), dict(descriptions=["y", None], seeds=[2, 3])]
+    alone = [list(musicgen.stream(duration=0.3, chunk=0.05, **given)) for given in settings]
+    together = zip(*(musicgen.stream(duration=0.3, chunk=0.05, **given) for given in settings))
+    for parts in zip(alone, zip(*together)):
+        assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+
+
+def test_nothing_is_made_before_it_is_asked_for_or_after_a_stream_is_closed(musicgen):
+    columns = []
+    musicgen.lm.register_forward_hook(lambda *args: columns.append(1))
+    stream = musicgen.stream(["x"], duration=0.7, chunk=0.05)
+    assert not columns
+    next(stream)
+    ahead = musicgen.codec.look_ahead
+    assert len(columns) == 20 + ahead + 3      # of 0.05 s, what the decoder must see, and the delays
+    stream.close()
+    with pytest.raises(ZeroDivisionError):
+        for _ in musicgen.stream(["x"], duration=0.7, chunk=0.05):
+            1 / 0
+    assert len(columns) == 2 * (20 + ahead + 3)
+    del musicgen.lm._forward_hooks
+    musicgen.lm._forward_hooks = {}
+    assert musicgen.generate(["x"], duration=0.1).shape == (1, 1, 800)
+
+
+def test_memory_does_not_grow_with_the_length(musicgen):
+    """After each window a stream holds as many numbers as after the one before it."""
+    held = []
+    for _ in musicgen.stream(["x"], duration=2.4, chunk=0.15):      # 60 frames, by which a window moves on
+        held.append(sum(x.numel() for x in gc.get_objects() if isinstance(x, torch.Tensor)))
+    assert len(held) == 16 and held[4] == held[9] == held[14]
+
+
 # --- the class: items, melodies, settings -----------------------------------------------------------------
 
 def test_items_of_a_batch_are_what_they_are_alone(musicgen):
@@ -167,6 +235,8 @@ def test_silence_is_a_melody(musicgen):
 @pytest.mark.parametrize("arguments, match", [
     (dict(descriptions=[]), "at least one"),
     (dict(duration=0), "duration"),
+    (dict(chunk=0), "chunk"),
+    (dict(chunk=float("nan")), "chunk"),
     (dict(duration=float("nan")), "duration"),
     (dict(duration=1e9), "duration"),
     (dict(temperature=-1), "temperature"),
@@ -179,7 +249,7 @@ def test_silence_is_a_melody(musicgen):
 ], ids=str)
 def test_what_cannot_be_done_is_refused(musicgen, arguments, match):
     with pytest.raises(UserError, match=match):
-        musicgen.generate(**dict(descriptions=["x"]) | arguments)
+        musicgen.stream(**dict(descriptions=["x"]) | arguments)     # at once, not at the first wave
 
 
 # --- the class: waves and lists as Python has them --------------------------------------------------------
