@@ -13,6 +13,7 @@ column and keeps the keys and values of what it has read in a `Cache`. On a CPU 
 same take over: speed/decoding.py in generation, speed/training.py in training.
 """
 import math
+import weakref
 from pathlib import Path
 
 import torch
@@ -411,7 +412,7 @@ class LayerCache:
     """One layer's part of a `Cache`. Keys are stored transposed: one query then reads memory in order."""
 
     def __init__(self, cache, keys, values, E):
-        self.cache = cache
+        self.cache = weakref.proxy(cache)       # no circle: what is read no more is freed at once
         self.keys = keys.unflatten(-1, (E, -1))                             # (B, H, E, max_length)
         self.values = values.unflatten(-1, (-1, E))                         # (B, H, max_length, E)
         self.condition = None                   # keys and values of the condition that cross-attention reads
@@ -452,8 +453,7 @@ def demo():
     error = (torch.cat(columns, 2) - full).abs().max()
     print(f"\ncodes {tuple(codes.shape)} -> sequence {tuple(sequence.shape)} -> logits {tuple(full.shape)}")
     print(f"column by column with the cache against all at once: largest difference {error:.1e}")
-    loss = lm.loss(codes, conditions)[0]
-    print(f"cross-entropy, untrained: {loss:.2f} (uniform: {math.log(config.card):.2f})")
+    print(f"cross-entropy, untrained: {lm.loss(codes, conditions)[0]:.2f} (uniform: {math.log(config.card):.2f})")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ It is memory-bandwidth-bound, and the usual products do not reach that bound. `o
 with a scale), multiplied by kernels.c. `PackedCache` holds keys and values likewise. Without a C compiler
 the fastest of torch's own products takes their place.
 """
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -121,7 +123,7 @@ class PackedLayerCache:
     """One layer's part of a `PackedCache`, where the layers run one by one."""
 
     def __init__(self, cache: PackedCache, n: int):
-        self.cache = cache
+        self.cache = weakref.proxy(cache)       # as in lm.py
         self.k, self.v = cache.k[n], cache.v[n]
         self.k_scale, self.v_scale = cache.k_scale[n], cache.v_scale[n]
         self.condition = None

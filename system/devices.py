@@ -53,7 +53,7 @@ def inference():
 
 
 def inference_steps(generator):
-    """`inference` for a generator function: in its steps, but not between them, while others compute."""
+    """`inference` for a generator function: in its steps, not between them, while its caller computes."""
     @wraps(generator)
     def steps(*args, **kwargs):
         iterator = generator(*args, **kwargs)

@@ -5,8 +5,8 @@ own, with three passes, under both conditions, under the melody alone, and under
 
     logits = null + guidance * (melody - null) + text_guidance * (both - melody)
 
-At text_guidance = guidance this is the old rule. Add `text_guidance=None` (off) to `condition_passes`,
-`generate` and `MusicGen.generate_codes`.
+At text_guidance = guidance this is the old rule. Add `text_guidance=None` (off) to `Settings` and
+`condition_passes`.
 
     python tests/exercises/4_guidance.py        # checks your solution; 4_guidance.patch is one
 
