@@ -12,25 +12,22 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from scipy.signal import oaconvolve
 
-from system.errors import UserError
+from data.notes import PITCHES, parse_bars
 
 SPLITS = ("train", "valid", "test")
 TEST_TUNES, VALID_TUNES = 100, 20       # all others are for training
 TEMPI = {"slow": (73, 77), "medium": (97, 103), "fast": (146, 154)}     # bpm; a 6/8 beat is a dotted quarter
 MIN_NOTE = 0.17                         # s, mean; busier tunes are slower: chroma frames have to follow
 BAR = {"2/4": 2, "3/4": 3, "4/4": 4, "6/8": 2}  # beats
-PITCHES = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
 KEYS = {
     "major": "C Db D Eb E F F# G Ab A Bb B".split(),
     "minor": "C C# D Eb E F F# G G# A Bb B".split(),
 }
-NOTE = re.compile(r"([a-gr])([#b]?)('*|,*)(\d*)(?:/(\d+))?(~?)")
 SOURCES = {
     "Aird": "James Aird, A Selection of Scotch, English, Irish and Foreign Airs (Glasgow, 1782-1803)",
     "O'Neill": "Francis O'Neill, Music of Ireland (Chicago, 1903)",
@@ -73,33 +70,6 @@ class Tune:
         return [pitch for pitch, _ in self.notes if pitch is not None]
 
 
-def parse_notes(text: str, eighths_per_beat: int):
-    """Note text -> (notes [(midi or None, beats)], bars [beats]). Raises UserError naming a wrong note."""
-    notes, bars = [], []
-    tied = False
-    for bar in text.split("|"):
-        total = Fraction(0)
-        for word in bar.split():
-            match = NOTE.fullmatch(word)
-            if not match:
-                raise UserError(f"tunes.txt: {word!r} is not a note; write it like c#'3/2")
-            letter, accidental, octave, count, part, tie = match.groups()
-            length = Fraction(int(count or 1), int(part or 1)) / eighths_per_beat
-            pitch = None
-            if letter != "r":
-                octaves = octave.count("'") - octave.count(",")
-                sharps = {"#": 1, "b": -1, "": 0}[accidental]
-                pitch = 60 + PITCHES[letter] + sharps + 12 * octaves
-            if tied and notes[-1][0] == pitch:
-                notes[-1][1] += length
-            else:
-                notes.append([pitch, length])
-            tied = tie == "~"
-            total += length
-        bars.append(total)
-    return [(pitch, float(length)) for pitch, length in notes], [float(total) for total in bars]
-
-
 @functools.lru_cache(maxsize=1)
 def load_tunes() -> list[Tune]:
     """All tunes of tunes.txt, in its order. Raises UserError naming a wrong note."""
@@ -109,7 +79,7 @@ def load_tunes() -> list[Tune]:
     for header, text in zip(lines[::2], lines[1::2]):
         title, origin, key, metre, genre = header.split(" | ")
         tonic, mode = key.split()
-        notes, bars = parse_notes(text, eighths_per_beat=3 if metre == "6/8" else 2)
+        notes, bars = parse_bars(text, eighths_per_beat=3 if metre == "6/8" else 2)
         source, _, number = origin.partition(" ")
         if source in SOURCES:
             origin = SOURCES[source]

@@ -1,0 +1,282 @@
+"""Melodies in notes: the notation, .abc, MIDI and MusicXML, and their chroma.
+
+    python -m pytest tests/test_notes.py
+"""
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from chroma import PITCH_CLASSES, ChromaExtractor
+from config import Config
+from data.notes import Notes, parse_bars, parse_notes
+from data.render import load_tunes, render_tune
+from data.scores import MAX_BYTES, read_notes
+from system.errors import UserError
+
+CONFIG = Config(sample_rate=16000, radix2_exp=13)
+
+
+def pitches(melody):
+    return [pitch for pitch, _ in melody.notes]
+
+
+def lengths(melody):
+    return [length for _, length in melody.notes]
+
+
+def named(chroma) -> list[str]:
+    """Chroma (M, Q) as names of pitch classes, "-" for none."""
+    return [PITCH_CLASSES[int(row.argmax())] if row.any() else "-" for row in chroma]
+
+
+def abc(tmp_path, music, fields="L:1/4\nK:C"):
+    (tmp_path / "tune.abc").write_text(f"X:1\nT:a tune\n{fields}\n{music}\n")
+    return read_notes(tmp_path / "tune.abc")
+
+
+# --- the notation of tunes.txt ----------------------------------------------------------------------------
+
+def test_notation_reads_as_its_description_says():
+    notes, bars = parse_bars("c#'3/2 bb,/2 r2 | g2~ | g", 2)
+    assert notes == [(73, 0.75), (58, 0.25), (None, 1.0), (67, 1.5)]
+    assert bars == [2.0, 1.0, 0.5]
+    assert parse_notes("e4 e f g | g f e d").beats == 5.5
+    assert parse_notes("c3 d3 | e6", meter="6/8") == Notes(((60, 1.0), (62, 1.0), (64, 2.0)), 120.0, 2)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("c2 | d2 h2", "bar 2, note 2: 'h2'"), ("c0", "'c0'"), ("c/0", "'c/0'"),
+    ("", "no note"), ("r8 | r8", "no note"), ("c2 c99999", "'c99999'"), ("c8 | d4 | e8", "bar 2 has 2 beats"),
+    ("c8 | d8 e | f8", "bar 2 has 4.5 beats"), ("c'''''''", "midi pitch"), ("C2", "'C2'")])
+def test_a_wrong_note_is_told_with_its_place(text, words):
+    with pytest.raises(UserError, match=words):
+        parse_notes(text)
+
+
+@pytest.mark.parametrize("values", [dict(bpm=0), dict(bpm=float("nan")), dict(bar=0), dict(notes=((60, -1),)),
+                                    dict(notes=((200, 1),)), dict(notes=((60, 1),) * 200_000)],
+                         ids=lambda values: str(values)[:30])
+def test_notes_that_make_no_sense_are_refused(values):
+    with pytest.raises(UserError):
+        Notes(**dict(notes=((60, 1.0),)) | values)
+
+
+# --- chroma -----------------------------------------------------------------------------------------------
+
+def test_chroma_has_the_note_at_the_center_of_each_frame():
+    chroma = parse_notes("c4 bb'4 | r4 g4", bpm=60).chroma(CONFIG, 8)
+    assert chroma.shape == (64, 12) and set(chroma.sum(1).tolist()) == {0.0, 1.0}
+    assert named(chroma) == 16 * ["C"] + 16 * ["A#"] + 15 * ["-"] + 16 * ["G"] + ["C"]
+
+
+def test_a_melody_begins_anew_on_its_bar_without_drift():
+    melody = parse_notes("c2 | g4 e4 | d2", bpm=97)        # upbeat and last bar: two beats of four
+    assert melody.beats == 6 and melody.period == 8
+    names = named(melody.chroma(CONFIG, 600))
+    for turn in (1, 10, 110):
+        start = turn * 8 * 60 / 97                          # seconds
+        m = round((start + 0.25) * 16000 / CONFIG.hop)
+        assert names[m] == "C" and names[m - 6] == "-"
+
+
+def test_chroma_agrees_with_that_of_a_recording_of_the_notes():
+    tune = next(tune for tune in load_tunes() if tune.id == "ode-to-joy")
+    _, wav = render_tune(tune, "organ", 100, 0, False, False, 16.0, 16000, np.random.default_rng(0), 0)
+    heard = ChromaExtractor(16000, radix2_exp=13)(torch.from_numpy(wav)[None])[0]
+    asked = Notes(tune.notes, 100).chroma(CONFIG, 16)
+    agreement = (heard.argmax(1) == asked.argmax(1)[:len(heard)]).float().mean()
+    assert agreement > 0.9
+
+
+# --- .abc -------------------------------------------------------------------------------------------------
+
+def test_a_tune_of_abc(tmp_path):
+    melody = abc(tmp_path, "FFGA | A>G F2 |1 D4 :|2 [DF]4 |]", "M:4/4\nL:1/4\nQ:1/4=90\nK:D")
+    first = [66, 66, 67, 69, 69, 67, 66]
+    assert pitches(melody) == first + [62] + first + [66]
+    assert lengths(melody)[4:8] == [1.5, 0.5, 2, 4] and melody.bpm == 90 and melody.bar == 4
+
+
+@pytest.mark.parametrize("key, sharps", [
+    ("G", "F"), ("D", "FC"), ("Em", "F"), ("A dorian", "F"), ("Dmix", "F"), ("HP", "FC"), ("none", ""),
+    ("F#m", "FCG"), ("C", ""), ("G minor clef=treble", ""), ("E Phr", "")])
+def test_keys_of_abc(tmp_path, key, sharps):
+    melody = abc(tmp_path, "FCGDA", f"L:1/4\nK:{key}")
+    assert pitches(melody) == [p + (letter in sharps) for letter, p in zip("FCGDA", (65, 60, 67, 62, 69))]
+
+
+def test_flat_keys_of_abc(tmp_path):
+    assert pitches(abc(tmp_path, "BEADG", "L:1/4\nK:Ebmaj")) == [70, 63, 68, 62, 67]
+
+
+@pytest.mark.parametrize("music, expected", [
+    ("^F F | F", [66, 66, 65]), ("^F f | =F", [66, 78, 65]), ("__B _B, c' C,", [69, 58, 84, 48]),
+    ("^F- | F F", [66, 66, 66 - 1]), ('"Am" c {de} !trill! d ~e (fg) "text"', [72, 74, 76, 77, 79]),
+    ("c [K:G] f [K:F] b", [72, 78, 82]), ("|: c :: d :|", [72, 72, 74, 74]),
+    ("c |: d | e :| f", [72, 74, 76, 74, 76, 77]),
+    ("c z x d % e", [72, None, None, 74]), ("c ! d\nP:B\ne", [72, 74, 76]), ("[ceg] [ac']", [79, 84])])
+def test_pitches_of_abc(tmp_path, music, expected):
+    assert pitches(abc(tmp_path, music)) == expected
+
+
+@pytest.mark.parametrize("music, expected", [
+    ("c2 c/ c// c/4 c3/2 z2", [2, 0.5, 0.25, 0.25, 1.5, 2]), ("(3ccc (2cc c", [2 / 3] * 3 + [1.5] * 2 + [1]),
+    ("c>c c<<c", [1.5, 0.5, 0.25, 1.75]), ("(3:2:2 c2c c", [4 / 3, 2 / 3, 1]), ("[c2e2] Z2 c", [2, 8, 1])])
+def test_lengths_of_abc(tmp_path, music, expected):
+    assert lengths(abc(tmp_path, music)) == pytest.approx(expected)
+
+
+def test_tempo_and_meter_of_abc(tmp_path):
+    jig = abc(tmp_path, "c3 d3", "M:6/8\nQ:3/8=90\nK:C")
+    assert (jig.bpm, jig.bar, lengths(jig)) == (90, 2, [1, 1])
+    assert abc(tmp_path, "c3 d3", "M:6/8\nQ:1/4=90\nK:C").bpm == 60
+    assert lengths(abc(tmp_path, "c", "M:2/4\nK:C")) == [0.25]
+    assert abc(tmp_path, "c", 'M:C|\nQ:"Allegro" 1/2=80\nK:C').bpm == 80
+
+
+@pytest.mark.parametrize("music, place", [
+    ("c d ? e", r"line 5, column 5 \(bar 1\): '\?'"), ("c | d | h", r"line 5, column 9 \(bar 3\): 'h'"),
+    ("c\nd c0", "line 6, column 3"), ("c\nV:1\nd\nV:2\ne", "line 8, .*voice"), ("c\nX:2\nd", "second tune"),
+    ("c\nM:3/4\nd", "line 6"), ("K:H", "no key"), ("c [3 d", "ending"), ("c !D.C.! d", "jump"),
+    ("> c", "follows no note"), ("[c|e]", "'"), ("c [M:3/4] d", "within the tune"), ("z4", "no note"),
+    ("c & d", "'&'"), ("m:~d = c\nc", "macro")])
+def test_what_abc_is_not_read_is_told_with_its_place(tmp_path, music, place):
+    with pytest.raises(UserError, match=place) as error:
+        abc(tmp_path, music)
+    assert "tune.abc" in str(error.value)
+
+
+# --- MIDI -------------------------------------------------------------------------------------------------
+
+def number(value) -> bytes:
+    groups = [value & 127]
+    while value := value >> 7:
+        groups.append(value & 127 | 128)
+    return bytes(reversed(groups))
+
+
+def track(*events) -> bytes:
+    content = b"".join(number(delta) + event for delta, event in events) + b"\0\xff\x2f\0"
+    return b"MTrk" + struct.pack(">I", len(content)) + content
+
+
+def midi(*tracks, kind=1, division=480) -> bytes:
+    return b"MThd" + struct.pack(">IHHH", 6, kind, len(tracks), division) + b"".join(tracks)
+
+
+def tempo(bpm) -> bytes:
+    return b"\xff\x51\x03" + round(60e6 / bpm).to_bytes(3, "big")
+
+
+METER = b"\xff\x58\x04\x03\x02\x18\x08"     # 3/4
+LEAD = track((480, b"\x90\x48\x40"), (240, b"\x48\0"), (0, b"\xc0\x05"), (0, b"\x90\x4a\x40"),
+             (480, b"\x80\x4a\0"))
+
+
+def test_a_midi_file(tmp_path):
+    """A rest, then two notes, the first with running status, over a drone and drums."""
+    drone = track((480, b"\x91\x30\x40"), (1440, b"\x81\x30\0"))
+    drums = track((0, b"\x99\x64\x40"), (1920, b"\x99\x64\0"))
+    path = tmp_path / "tune.mid"
+    path.write_bytes(midi(track((0, tempo(100)), (0, METER)), LEAD, drone, drums))
+    melody = read_notes(path)
+    assert melody.notes == ((None, 1), (72, 0.5), (74, 1), (48, 1.5))
+    assert melody.bpm == pytest.approx(100) and melody.bar == 3 and melody.period == 6
+
+
+def test_a_tempo_of_midi_that_changes_moves_the_notes(tmp_path):
+    path = tmp_path / "tune.mid"
+    path.write_bytes(midi(track((0, tempo(120)), (720, tempo(60))), LEAD))
+    assert read_notes(path).notes == ((None, 1), (72, 0.5), (74, pytest.approx(2)))
+    assert read_notes(path).bpm == pytest.approx(120)
+
+
+# --- MusicXML ---------------------------------------------------------------------------------------------
+
+DOCTYPE = '<!DOCTYPE score-partwise PUBLIC "-//Recordare//DTD MusicXML 4.0//EN" "http://x.invalid/a.dtd">'
+
+
+def note(step, duration, inside="", alter=0, octave=4) -> str:
+    pitch = f"<pitch><step>{step}</step><alter>{alter}</alter><octave>{octave}</octave></pitch>"
+    return f"<note>{inside}{pitch if step else '<rest/>'}<duration>{duration}</duration></note>"
+
+
+def musicxml(*measures, before=DOCTYPE) -> str:
+    first = ("<attributes><divisions>2</divisions><time><beats>3</beats><beat-type>4</beat-type></time>"
+             "</attributes><direction><sound tempo='90'/></direction>")
+    text = "".join(f"<measure number='{n}'>{first if n == 1 else ''}{measure}</measure>"
+                   for n, measure in enumerate(measures, 1))
+    return f"<?xml version='1.0'?>{before}<score-partwise><part id='P1'>{text}</part></score-partwise>"
+
+
+REPEAT = "<barline><repeat direction='backward'/></barline>"
+
+
+def ending(number):
+    return f"<barline><ending number='{number}' type='start'/></barline>"
+
+
+TUNE = musicxml(note("C", 4) + note("F", 2, alter=1) + note("A", 2, "<chord/>"),
+                ending(1) + note("D", 6) + REPEAT,
+                ending(2) + note("B", 4, alter=-1) + note("", 2) + "<backup><duration>2</duration></backup>"
+                + note("E", 1, octave=5))
+PLAYED = ((60, 2), (69, 1), (62, 3), (60, 2), (69, 1), (70, 2), (76, 0.5))
+
+
+def test_a_musicxml_file_and_one_in_an_archive(tmp_path):
+    (tmp_path / "tune.musicxml").write_text(TUNE)
+    melody = read_notes(tmp_path / "tune.musicxml")
+    assert melody == Notes(PLAYED, 90.0, 3)
+    with zipfile.ZipFile(tmp_path / "tune.mxl", "w") as archive:
+        archive.writestr("META-INF/container.xml", "<container xmlns='urn:x'><rootfiles><rootfile "
+                         "full-path='a/b.xml'/></rootfiles></container>")
+        archive.writestr("a/b.xml", TUNE)
+    assert read_notes(tmp_path / "tune.mxl") == melody
+
+
+# --- files of strangers -----------------------------------------------------------------------------------
+
+LAUGHS = "<!DOCTYPE a [<!ENTITY a 'ha'><!ENTITY b '&a;&a;&a;'>]>"
+FILE = "<!DOCTYPE a [<!ENTITY a SYSTEM 'file:///etc/passwd'>]>"
+ZERO = "<attributes><divisions>0</divisions></attributes>"
+STRANGE = {
+    "gone.abc": (None, "no such"),
+    "empty.abc": (b"", "K:"), "empty.mid": (b"", "MThd"), "empty.xml": (b"", "cannot be read"),
+    "noise.abc": (bytes(range(256)), "K:"),
+    "noise.mid": (b"MThd" + bytes(range(256)), "cannot be read|format"),
+    "noise.mxl": (bytes(range(256)), "cannot be read"),
+    "large.abc": (b"K:C\n" + b"c" * MAX_BYTES, "4 MB"), "many.abc": (b"K:C\n" + b"c" * 20_001, "too many"),
+    "laughs.xml": (musicxml(note("&b;", 1), before=LAUGHS).encode(), "entities"),
+    "file.xml": (musicxml(note("&a;", 1), before=FILE).encode(), "entities"),
+    "timewise.xml": (b"<score-timewise/>", "score-timewise"),
+    "exponent.xml": (musicxml(note("C", "1e999999999")).encode(), "cannot be read|length"),
+    "zero.xml": (musicxml(ZERO + note("C", 1)).encode(), "cannot"),
+    "jump.xml": (musicxml("<sound dacapo='yes'/>" + note("C", 1)).encode(), "measure 1: dacapo"),
+    "rests.xml": (musicxml(note("", 6)).encode(), "no note"),
+    "deep.xml": (b"<a>" * 50_000 + b"</a>" * 50_000, "not the"),
+    "numbers.mid": (midi(b"MTrk\0\0\1\0" + b"\xff" * 256), "four bytes"),
+    "cut.mid": (midi(LEAD)[:30], "no note|cannot be read"),
+    "smpte.mid": (midi(LEAD, division=0xe728), "ticks"),
+    "drums.mid": (midi(track((0, b"\x99\x64\x40"), (9, b"\x99\x64\0"))), "no note"),
+    "long.mid": (midi(track((2 ** 27, b"\x90\x48\x40"), (240, b"\x48\0"))), "beats"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_files_of_strangers_are_refused_by_name(tmp_path, name):
+    content, words = STRANGE[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        read_notes(tmp_path / name)
+    assert name in str(error.value)
+
+
+def test_an_archive_is_not_unpacked_without_bound(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.mxl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("META-INF/container.xml", b" " * (MAX_BYTES + 2))
+    with pytest.raises(UserError, match="unpacks to more"):
+        read_notes(tmp_path / "bomb.mxl")
