@@ -30,7 +30,7 @@ LENGTH = r"(\d*)(/*)(\d*)"
 ENDING = r"([1-9][\d,-]*)"
 TOKENS = {              # the first one that matches counts
     "note": PITCH + LENGTH + "(-?)",
-    "skipped": r'[\s`\\$y]+|"[^"]*"|\{[^}]*\}|![^!\s]*!|!|\+[^+]*\+|[.~HLMOPSTuv]|\((?!\d)|\)',
+    "skipped": r'[\s`\\$y]+|"[^"]*"|\{[^}]*\}|![^!\s]*!|!|\+[^+]*\+|[-.~HLMOPSTuv]|\((?!\d)|\)',
     "inline_field": r"\[([A-Za-z]):([^\]]*)\]",
     "tuplet": r"\(([2-9])(?::(\d?))?(?::(\d?))?",
     "bar_line": r"(\[\||:*\|[|\]:]*|::+)(?:\s*\[?" + ENDING + ")?",
