@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from chroma import ChromaExtractor, match_length
 from data.audio import LOUD
+from data.notes import Notes
 from data.stems import as_descriptions, as_wave, as_waves, joint_waves, separate
 from encodec import PIECE
 from sampling.loading import check_codec, load_models
@@ -78,7 +79,7 @@ class MusicGen:
                  prompt_sample_rate=None, duration=None, **settings):
         """Descriptions (strings or None) and melodies -> wav (B, C, L) of `duration` seconds.
 
-        melodies: one wave (C, L) or None per description, or (B, C, L), or one for all. prompt: waves alike
+        melodies: one wave (C, L), Notes or None per description, or one for all, or (B, C, L). prompt: waves
         that the results begin with; the duration includes it. Rates in Hz, default: the model's. What is a
         wave: data/stems.py. settings: see `stream_codes`. Raises UserError for what cannot be done.
         """
@@ -106,7 +107,9 @@ class MusicGen:
         return self.decode_stream(codes, duration, chunk)
 
     def melody_chroma(self, melody, sample_rate=None, stem=None):
-        """Melody wave (L,), (C, L) or (L, C), any rate and length -> chroma (M, Q) of its separated stem."""
+        """Notes, or a wave (L,), (C, L) or (L, C) of any rate and length -> its chroma (M, Q)."""
+        if isinstance(melody, Notes):
+            return melody.chroma(self.config, self.MAX_DURATION + self.config.segment_duration)
         wav = as_wave(melody, sample_rate, self.sample_rate, "melody")
         wav = separate(wav, self.sample_rate, stem or self.config.stem)         # (1, L)
         extract = ChromaExtractor(self.sample_rate, self.config.n_chroma, self.config.radix2_exp)

@@ -13,7 +13,6 @@ import math
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,11 +66,14 @@ class Notes:
         Frame m has the note that sounds at its center, m * hop samples from the start, as in chroma.py.
         """
         frames = math.ceil(seconds * config.sample_rate / config.hop) + 1
-        time = np.arange(frames) * config.hop / config.sample_rate
+        return self.chroma_at(np.arange(frames) * config.hop / config.sample_rate, config.n_chroma)
+
+    def chroma_at(self, time, Q: int) -> torch.Tensor:
+        """One-hot chroma (M, Q) of the notes at these times (M,), in seconds."""
         beat = time * self.bpm / 60 % self.period
         pitches, lengths = zip(*self.notes, (None, self.period))            # a rest up to the bar line
         index = np.searchsorted(np.cumsum(lengths), beat + 1e-6, side="right")
-        classes = [rest_or_class(pitch, config.n_chroma) for pitch in pitches]
+        classes = [rest_or_class(pitch, Q) for pitch in pitches]
         return torch.stack(classes)[index.clip(max=len(pitches) - 1)]
 
 

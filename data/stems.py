@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from config import FIELDS
 from data.audio import HIGHEST, LOWEST
+from data.notes import Notes
 from system.devices import inference
 from system.errors import UserError, as_user_error
 
@@ -150,7 +151,8 @@ def as_waves(waves, old: int | None, new: int, B: int, name: str, loudest=math.i
     """Waves of B items, of rate old (None: new) -> a list of B waves (C, L) of rate new, None for none.
 
     A list of them, or (B, C, L), or a single one for all. Raises UserError for what is neither, and for what
-    could be either: B channels of one wave or B waves. For `loudest` and messages see `as_wave`.
+    could be either: B channels of one wave or B waves. Notes of a melody pass as they are. For `loudest` and
+    messages see `as_wave`.
     """
     several = isinstance(waves, (list, tuple)) and not all(isinstance(x, (int, float)) for x in waves)
     shape = tuple(getattr(waves, "shape", ()))
@@ -164,7 +166,8 @@ def as_waves(waves, old: int | None, new: int, B: int, name: str, loudest=math.i
     given = []
     for n, wav in enumerate(waves):
         label = name if len(waves) == 1 else f"{name} {n + 1}"
-        given.append(None if wav is None else as_wave(wav, old, new, label, loudest))
+        ready = wav is None or name == "melody" and isinstance(wav, Notes)
+        given.append(wav if ready else as_wave(wav, old, new, label, loudest))
     return given * (B // len(given)) if B else []
 
 
