@@ -18,8 +18,11 @@ from checkpoints.files import is_audiocraft, open_checkpoint
 from checkpoints.lm_formats import export_transformers, read_config
 from config import FIELDS
 from data.audio import check_format, check_recording, read_audio, write_audio
+from data.scores import is_notes
 from lm import LMModel
 from sampling.loading import DTYPES, codec_of
+from sampling.loops import lead_of, make_loop
+from sampling.melodies import notes_of, read_melodies, settle_duration
 from sampling.takes import (DEFAULT_CHECKPOINT, files_of, metadata, output_names, read_codes, tags_of,
                             write_codes)
 from system.command import Parser
@@ -36,6 +39,20 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def start(text: str) -> float:
+    """The type of --prompt_from."""
+    if not 0 <= float(text) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 s or more, and below 1e6")
+    return float(text)
+
+
+def count(text: str) -> int:
+    """The type of --bars."""
+    if not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 1 to 10,000")
+    return int(text)
+
+
 def parse(MusicGen, argv):
     """The flags in argv. The class MusicGen knows the dtypes and the longest duration. Raises UserError."""
     def seconds(text: str) -> float:
@@ -48,13 +65,23 @@ def parse(MusicGen, argv):
     add = parser.add_argument
     add("--text", action="append", metavar="TEXT", help="what to play; several make a batch")
     add("--melody", action="append", metavar="FILE",
-        help="melody to follow: one for all texts, or one for each ('' for none)")
+        help="melody to follow, a recording or notes (.abc .mid .musicxml .mxl): one for all texts, or one "
+             "for each ('' for none)")
+    add("--notes", action="append", metavar="NOTES",
+        help="melody to follow as notes: 'e2 e2 f2 g2 | g2 f2 e2 d2', in eighths; see docs/sampling.md")
+    add("--bpm", type=float, metavar="N", help="beats a minute of the notes (default: the file's, or 120)")
+    add("--meter", metavar="N/N", help="of --notes and --bars (default: 4/4)")
     add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="X",
         help="directory or Hugging Face id (default: the shipped model)")
     add("--out", metavar="FILE",
         help="wav, flac, ogg or mp3 (default: samples/TEXT.wav); a batch is numbered")
-    add("--duration", type=seconds, default=10.0, metavar="S", help="seconds, a prompt included (default 10)")
+    add("--duration", type=seconds, metavar="S", help="seconds, a prompt included (default 10)")
+    add("--bars", type=count, metavar="N", help="the duration in bars, of --bpm or of the notes")
+    add("--loop", action="store_true",
+        help="music that repeats without a seam; whole bars where there are any")
     add("--prompt", metavar="FILE", help="recording to continue")
+    add("--prompt_from", type=start, metavar="S", help="where the prompt begins in its file (default: 0)")
+    add("--prompt_seconds", type=seconds, metavar="S", help="seconds of the prompt (default: all)")
     add("--continue_from", metavar="FILE", help="codes of a take (--save_codes) to continue")
     add("--save_codes", action="store_true", help="write the codes beside the audio, as .npz")
     add("--seed", type=seed, metavar="N", help="of the first item; the next ones count up (default: 0)")
@@ -88,9 +115,12 @@ def main(MusicGen, argv):
     args = parse(MusicGen, argv)
     if args.export or args.export_hf:
         return export(MusicGen, args)
-    texts, melodies = pair(args.text, args.melody)
-    if args.prompt and args.continue_from:
-        raise UserError("--prompt and --continue_from: give one of the two")
+    check_together(args)
+    texts, melodies = pair(args.text, args.melody or args.notes)
+    nothing = [None] * len(melodies)
+    typed, files = (melodies, nothing) if args.notes else (nothing, melodies)
+    notes = [notes_of(*item, args.bpm, args.meter) for item in zip(typed, files)]
+    settle_duration(args, notes, MusicGen.MAX_DURATION)
     seeds = [(args.seed or 0) + i for i in range(len(texts))]
     outs = output_names(args, texts)
     if args.page:
@@ -101,22 +131,14 @@ def main(MusicGen, argv):
     check_files(args, melodies, outs)
     model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile)
     tags = [tags_of(args, *item) for item in zip(texts, seeds)]
-    chromas = read_melodies(model, args, melodies)
+    lead = lead_of(args.duration, model.sample_rate / model.config.hop) if args.loop else 0.0
+    chromas = read_melodies(model, args, melodies, notes, lead)
     prompt = read_prompt(model, args, len(texts))
     interrupted = catch_interrupt() if args.keep_partial else []
-    pieces = []
-    with tqdm(total=round(args.duration * model.frame_rate), unit="frame", desc="sampling") as bar:
-        for new in model.stream_codes(texts, chromas, prompt, args.duration, seeds, guidance=args.guidance,
-                                      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                      two_step=args.two_step):
-            pieces.append(new)
-            bar.update(new.shape[-1])
-            if interrupted:
-                break
-    codes = torch.cat(pieces, dim=-1).cpu()
-    if not codes.shape[-1]:
-        raise UserError("interrupted before the first frame was whole: nothing is written")
-    wav = model.decode(codes, args.duration)                                # (B, C, L)
+    codes = generate_codes(model, args, texts, chromas, prompt, seeds, lead, interrupted)
+    wav = model.decode(codes, lead + args.duration)                         # (B, C, L)
+    if args.loop:
+        wav = torch.stack([make_loop(item, model.sample_rate, lead, args.duration)[0] for item in wav])
     for i, out in enumerate(outs):
         write_audio(out, wav[i], model.sample_rate, tags[i])
         if args.save_codes:
@@ -131,6 +153,26 @@ def main(MusicGen, argv):
         seconds = wav.shape[-1] / model.sample_rate
         print(f"interrupted: the first {seconds:.2f} s are written", file=sys.stderr)
         sys.exit(130)
+
+
+def generate_codes(model, args, texts, chromas, prompt, seeds, lead: float, interrupted):
+    """The codes (B, K, T) that the flags ask for, or up to Ctrl-C with --keep_partial."""
+    duration = lead + args.duration
+    if args.bars or args.loop:      # these are exact: no frame less, where they end within one
+        duration += 1 / model.frame_rate
+    pieces = []
+    with tqdm(total=model.frames(duration), unit="frame", desc="sampling") as bar:
+        for new in model.stream_codes(texts, chromas, prompt, duration, seeds, guidance=args.guidance,
+                                      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                                      two_step=args.two_step):
+            pieces.append(new)
+            bar.update(new.shape[-1])
+            if interrupted:
+                break
+    codes = torch.cat(pieces, dim=-1).cpu()
+    if not codes.shape[-1]:
+        raise UserError("interrupted before the first frame was whole: nothing is written")
+    return codes
 
 
 def export(MusicGen, args):
@@ -164,9 +206,21 @@ def pair(texts, melodies):
     return texts, melodies
 
 
+def check_together(args):
+    """Raises UserError for flags that exclude or need each other; settle_duration has more."""
+    for one, other in (("prompt", "continue_from"), ("melody", "notes"), ("loop", "prompt"),
+                       ("loop", "continue_from"), ("loop", "save_codes"), ("loop", "keep_partial")):
+        if getattr(args, one) and getattr(args, other):
+            raise UserError(f"--{one} and --{other}: give one of the two")
+    for flag in ("prompt_from", "prompt_seconds"):
+        if getattr(args, flag) is not None and not args.prompt:
+            raise UserError(f"--{flag}: says which part of --prompt is meant, which is missing")
+
+
 def check_files(args, melodies, outs):
     """What would fail later, found before the model is loaded. Raises UserError naming file or flag."""
-    for path in [*melodies, args.prompt]:
+    recordings = [] if args.notes else [path for path in melodies if path and not is_notes(path)]
+    for path in [*recordings, args.prompt]:
         if path:
             check_recording(path)
     for out in outs:
@@ -177,7 +231,7 @@ def check_files(args, melodies, outs):
         return      # its configuration lies among the weights
     config, _ = read_config(directory)
     if any(melodies) and config.melody == "none":
-        raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody, or take a melody "
+        raise UserError(f"{args.checkpoint} was trained on text only; leave out the melody, or take a melody "
                         f"model")
     for out in outs:
         check_format(out, config.sample_rate)
@@ -185,27 +239,16 @@ def check_files(args, melodies, outs):
         read_codes(args.continue_from, config)
 
 
-def max_seconds(model, args) -> float:
-    """How much is read of a recording, which may last hours: no more than can matter."""
-    return args.duration + model.config.segment_duration + 10
-
-
-def read_melodies(model, args, melodies) -> list:
-    """The chroma (M, Q) of each item's melody, None for none; each file is read once."""
-    chroma = {None: None}
-    for path in melodies:
-        if path not in chroma:
-            wav = read_audio(path, model.sample_rate, 1, duration=max_seconds(model, args))
-            with naming(f"--melody {path}"):
-                chroma[path] = model.melody_chroma(wav, stem=args.stem)
-    return [chroma[path] for path in melodies]
-
-
 def read_prompt(model, args, B: int):
     """The codes (B, K, T0) of --prompt or --continue_from, None for none."""
     if args.prompt:
-        wav = read_audio(args.prompt, model.sample_rate, model.config.channels,
-                         duration=max_seconds(model, args))
+        seconds = args.prompt_seconds or args.duration + 1      # of a recording that may last hours
+        wav = read_audio(args.prompt, model.sample_rate, model.config.channels, args.prompt_from or 0.0,
+                         seconds)
+        if wav.shape[-1] // model.config.stride >= model.frames(args.duration):
+            raise UserError(f"--prompt {args.prompt}: is as long as the duration of {args.duration:g} s, "
+                            f"which includes it, or longer; ask for more, or take a part of it with "
+                            f"--prompt_from and --prompt_seconds")
         with naming(f"--prompt {args.prompt}"):
             return model.encode_prompt(wav, None, B)
     if args.continue_from:

@@ -25,6 +25,7 @@ from system.files import write_atomic
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "tiny"
 # flags of sampling, and the keys of the configuration that are their defaults
 SETTINGS = {"guidance": "cfg_coef", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
+NOT_SETTINGS = "text melody notes seed out page overwrite keep_partial".split()
 MAX_UNPACKED = 2 ** 28      # bytes of a file of codes: hours of music
 
 
@@ -81,10 +82,10 @@ def metadata(args, text, melody, seed: int, out: Path, config: Config) -> str:
     if text:
         flags["text"] = text
     if melody:
-        flags["melody"] = melody
+        flags["notes" if args.notes else "melody"] = melody
     for name, value in vars(args).items():
         given = value is not None and value is not False
-        if given and name not in ("text", "melody", "seed", "out", "page", "overwrite", "keep_partial"):
+        if given and name not in NOT_SETTINGS:
             flags[name] = value
     flags |= {"seed": seed, "out": str(out)}
     settings = {flag: flags.get(flag, getattr(config, key)) for flag, key in SETTINGS.items()}
@@ -97,6 +98,8 @@ def command_of(flags: dict) -> str:
     """The command line that gives these flags."""
     words = ["python", "sample.py"]
     for name, value in flags.items():
+        if name == "duration" and "bars" in flags:
+            continue    # it follows from them
         if value is True:
             words.append(f"--{name}")
         elif (name, value) != ("checkpoint", str(DEFAULT_CHECKPOINT)):

@@ -308,9 +308,9 @@ def snapshot(folder) -> dict:
 
 
 def sampling(world, *argv, checkpoint="lm", **options) -> Result:
-    """sample.py on the tiny model, 0.05 s unless argv says otherwise."""
+    """sample.py on the tiny model, 0.05 s unless argv says otherwise, in seconds or bars."""
     argv = [str(arg) for arg in argv]
-    argv = ([] if "--duration" in argv else ["--duration", "0.05"]) + argv
+    argv = ([] if {"--duration", "--bars"} & set(argv) else ["--duration", "0.05"]) + argv
     argv = ([] if "--checkpoint" in argv else ["--checkpoint", str(world / checkpoint)]) + argv
     return command(sample_main, "--device", "cpu", *argv, **options)
 

@@ -2,18 +2,26 @@
 
     python -m pytest tests/test_notes.py
 """
+import json
+import shlex
 import struct
 import zipfile
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from chroma import PITCH_CLASSES, ChromaExtractor
+from commands import command, refused, sample_main, sampling, worked
 from config import Config
+from constants import RATE, ROOT, tone
 from data.notes import Notes, parse_bars, parse_notes
 from data.render import load_tunes, render_tune
 from data.scores import MAX_BYTES, read_notes
+from sample import MusicGen
+from sampling.loops import lead_of, loop_times, make_loop, seam
+from sampling.melodies import again
 from system.errors import UserError
 
 CONFIG = Config(sample_rate=16000, radix2_exp=13)
@@ -280,3 +288,110 @@ def test_an_archive_is_not_unpacked_without_bound(tmp_path):
         archive.writestr("META-INF/container.xml", b" " * (MAX_BYTES + 2))
     with pytest.raises(UserError, match="unpacks to more"):
         read_notes(tmp_path / "bomb.mxl")
+
+
+# --- sampling ---------------------------------------------------------------------------------------------
+
+TYPED = "e2 e2 f2 g2 | g2 f2 e2 d2"
+
+
+def asked(out):
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+def test_notes_are_melodies_from_python_too(world):
+    musicgen = MusicGen.from_pretrained(world / "lm", "cpu")
+    notes = parse_notes("c/2 g/2", bpm=300)
+    codes = [musicgen.generate(["a", None], melodies, duration=0.3).numpy()
+             for melodies in (notes, [notes, None], None)]
+    assert np.array_equal(codes[0][0], codes[1][0]) and np.array_equal(codes[1][1], codes[2][1])
+    assert not np.array_equal(codes[0], codes[2])
+    with pytest.raises(UserError, match="prompt: must be a wave"):
+        musicgen.generate(["a"], prompt=notes)
+
+
+def test_notes_on_the_command_line_give_whole_bars_and_a_command_that_gives_them_again(world, tmp_path):
+    flags = ["--notes", TYPED, "--bpm", "900", "--bars", "2"]
+    worked(sampling(world, "--out", "a.wav", *flags, cwd=tmp_path))
+    assert soundfile.info(tmp_path / "a.wav").frames == round(2 * 4 * 60 / 900 * RATE)
+    again = shlex.split(asked(tmp_path / "a.wav")["command"])[2:]
+    assert again[again.index("--notes") + 1] == TYPED and "--duration" not in again
+    first = (tmp_path / "a.wav").read_bytes()
+    worked(command(sample_main, *again, "--overwrite", cwd=tmp_path))
+    assert (tmp_path / "a.wav").read_bytes() == first
+
+
+def test_files_of_notes_and_a_page_of_them(world, tmp_path):
+    (tmp_path / "tune.abc").write_text("M:2/4\nL:1/4\nQ:1/4=600\nK:C\nCE|")
+    worked(sampling(world, "--out", "a.wav", "--melody", "tune.abc", "--page", "page", cwd=tmp_path))
+    assert "melody asked for" in (tmp_path / "page" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--notes", "h2"], "--notes: bar 1, note 1"),
+    (["--notes", "c2", "--melody", "x.wav"], "give one of the two"),
+    (["--melody", "gone.abc"], "gone.abc"), (["--bars", "2"], "needs a tempo"),
+    (["--bpm", "2", "--bars", "1"], "--bpm"),
+    (["--bpm", "100"], "--bpm"), (["--notes", "c2", "--meter", "x"], "'x' is no meter"),
+    (["--bars", "0", "--bpm", "100"], "--bars"), (["--bars", "9999", "--bpm", "20"], "too long"),
+    (["--prompt_from", "1"], "--prompt_from"), (["--loop", "--save_codes"], "--loop and --save_codes"),
+    (["--bars", "1", "--bpm", "99", "--duration", "1"], "--bars and --duration")])
+def test_flags_that_make_no_sense(world, tmp_path, flags, words):
+    refused(sampling(world, "--out", "a.wav", *flags, cwd=tmp_path), words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_part_of_a_recording_as_prompt(world, tmp_path):
+    wav = np.concatenate([tone(1.0, frequency=f) for f in (220, 440, 880)])
+    soundfile.write(tmp_path / "long.wav", wav, RATE)
+    soundfile.write(tmp_path / "part.wav", wav[RATE:RATE + RATE // 10], RATE)
+    refused(sampling(world, "--out", "a.wav", "--prompt", "long.wav", cwd=tmp_path), "--prompt_seconds")
+    part = ["--prompt", "long.wav", "--prompt_from", "1", "--prompt_seconds", "0.1"]
+    worked(sampling(world, "--out", "a.wav", *part, "--duration", "0.2", cwd=tmp_path))
+    worked(sampling(world, "--out", "b.wav", "--prompt", "part.wav", "--duration", "0.2", cwd=tmp_path))
+    a, b = (soundfile.read(tmp_path / name)[0] for name in ("a.wav", "b.wav"))
+    assert np.abs(a - b).max() < 1e-3
+
+
+def test_a_short_recording_begins_anew_after_its_last_note():
+    wav = torch.zeros(1, 1000)
+    wav[:, :600] = torch.linspace(0.5, 1, 600)
+    repeated = again(wav, 1000, 2.0)
+    assert torch.equal(repeated, wav[:, :600].repeat(1, 4)[:, :2000])
+    assert torch.equal(again(wav, 1000, 0.9), wav)
+
+
+# --- loops ------------------------------------------------------------------------------------------------
+
+def test_the_measure_of_a_seam_finds_a_cut():
+    t = torch.arange(32000) / 8000
+    whole = 0.5 * torch.sin(2 * torch.pi * 440 * t)[None]
+    there, elsewhere = seam(whole, 8000)["click"]
+    assert there < 1.1 * elsewhere
+    there, elsewhere = seam(whole[:, :-7], 8000)["click"]
+    assert there > 3 * elsewhere
+
+
+def test_a_loop_of_the_shipped_model_has_no_seam():
+    """The join is one that the model played; what is faded is no worse than the inside."""
+    model = MusicGen.from_pretrained(ROOT / "checkpoints" / "tiny", "cpu")
+    notes, rate = parse_notes(TYPED, bpm=200), model.sample_rate
+    length = 2.4
+    lead = lead_of(length, rate / model.config.hop)
+    time = np.arange(80) * model.config.hop / rate
+    chroma = notes.chroma_at(loop_times(time, lead, length), 12)
+    duration = lead + length + 0.02
+    codes = model.generate_codes(["a fast organ, alone"], [chroma], duration=duration)
+    wav = model.decode(codes, duration)[0]
+    loop, fade = make_loop(wav, rate, lead, length)
+    assert loop.shape == (1, round(length * rate))
+    begin = round(lead * rate)
+    joined = torch.cat([loop[:, -400:], loop[:, :400]], 1)
+    assert torch.equal(joined, wav[:, begin - 400:begin + 400])
+    assert all(there <= 1.2 * elsewhere for there, elsewhere in seam(loop, rate, fade).values())
+
+
+def test_a_loop_on_the_command_line(world, tmp_path):
+    worked(sampling(world, "--out", "a.wav", "--loop", "--duration", "0.9", cwd=tmp_path))
+    assert soundfile.info(tmp_path / "a.wav").frames == round(0.9 * RATE)
+    refused(sampling(world, "--out", "b.wav", "--loop", "--duration", "0.3", cwd=tmp_path), "a loop of 0.3 s")

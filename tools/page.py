@@ -22,11 +22,12 @@ import soundfile
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
-from chroma import ChromaExtractor, match_length
+from chroma import ChromaExtractor
 from config import Config, without_former_keys
 from data.audio import read_audio
 from data.stems import separate
 from evaluation.metrics import chroma_agreement
+from sampling.melodies import again, notes_of
 from system.command import Parser, run
 from system.errors import UserError, as_user_error
 from system.files import read_json, write_atomic
@@ -118,7 +119,7 @@ def result_card(metadata: dict, wav, asked, played, sample_rate: int, name: str)
     stem = ""
     if asked is not None:
         share = 100 * chroma_agreement(played, asked)
-        facts.append(f"melody {Path(metadata['melody']).name}")
+        facts.append(f"melody {metadata.get('notes') or Path(metadata['melody']).name}")
         facts.append(f"followed in {share:.0f} % of the frames")
         pictures.append(picture(asked.T.flip(0), NOTES, "melody asked for"))
         stem = ", melody stem"
@@ -199,9 +200,10 @@ def read_metadata(path: Path) -> tuple[dict, Config]:
     with as_user_error(f"{path}: not written by sample.py"):
         config = Config(**without_former_keys(metadata["config"], path))
         metadata["settings"] = dict(metadata.get("settings") or {})
-        for key in ("text", "melody", "stem", "command"):
+        for key in ("text", "melody", "notes", "meter", "stem", "command"):
             if not isinstance(metadata.get(key, ""), str):
                 raise TypeError(f"its {key} is no text")
+        metadata["bpm"] = float(metadata.get("bpm") or 0)
     return metadata, config
 
 
@@ -217,14 +219,20 @@ def write_page(path, outs, command: str = ""):
         one_class = ChromaExtractor(rate, config.n_chroma, config.radix2_exp)
         all_classes = ChromaExtractor(rate, config.n_chroma, config.radix2_exp, argmax=False)
         wav, asked = read_audio(out, rate, config.channels), None           # (C, L)
-        if metadata.get("melody"):
+        notes = notes_of(*(metadata.get(key) for key in ("notes", "melody", "bpm", "meter")))
+        if notes is not None:
+            asked = notes.chroma(config, wav.shape[1] / rate)
+        elif metadata.get("melody"):
             file = str(metadata["melody"])
             if (file, stem) not in melodies:
                 melody = read_audio(file, rate, 1, duration=wav.shape[1] / rate + 60)
                 melodies[file, stem] = melody, one_class(separate(melody, rate, stem))[0], rate
-            chroma = melodies[file, stem][1]
-            asked = match_length(chroma[None], one_class.frames(wav.shape[1]))[0]   # (M, Q)
-        played = all_classes(separate(wav, rate, stem if metadata.get("melody") else "none"))[0]
+            melody, chroma, _ = melodies[file, stem]
+            repeated = again(melody, rate, wav.shape[1] / rate + config.segment_duration)
+            if repeated.shape != melody.shape:
+                chroma = one_class(separate(repeated, rate, stem))[0]
+            asked = chroma[:one_class.frames(wav.shape[1])]                         # (M, Q)
+        played = all_classes(separate(wav, rate, stem if asked is not None else "none"))[0]
         results.append(result_card(metadata, wav, asked, played, rate, out.stem))
     cards = [melody_card(Path(file), *melody) for (file, _), melody in melodies.items()]
     cards += results + [made_card(metadata, command)]

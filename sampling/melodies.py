@@ -1,0 +1,111 @@
+"""Melodies of the command line, recordings or notes, as chroma; bars as seconds.
+
+    --melody tune.mp3                       a recording; if it is short, it begins anew after its last note
+    --melody tune.mid                       a file of notes (data/scores.py)
+    --notes "e2 e2 f2 g2" --bpm 100         typed notes (data/notes.py); they begin anew on their bar
+"""
+import dataclasses
+
+import numpy as np
+import torch
+
+from data.audio import read_audio
+from data.notes import Notes, beat_and_bar, parse_meter, parse_notes
+from data.scores import is_notes, read_notes
+from sampling.loops import loop_times
+from system.errors import UserError, naming
+
+BPM, METER, DURATION = 120.0, "4/4", 10.0       # defaults
+QUIET = 0.01        # of the loudest moment's amplitude: what comes behind the last louder one is no melody
+
+
+# --- notes ------------------------------------------------------------------------------------------------
+
+def notes_of(notes, melody, bpm, meter) -> Notes | None:
+    """The notes of an item: typed ones, or those of a file; None if `melody` is a recording or none."""
+    if notes:
+        with naming("--notes"):
+            return parse_notes(notes, bpm or BPM, meter or METER)
+    if melody and is_notes(melody):
+        notes = read_notes(melody)
+        return dataclasses.replace(notes, bpm=bpm) if bpm else notes
+    return None
+
+
+def bar_seconds(args, notes) -> float | None:
+    """Seconds of a bar, by the notes (one a item, None for none) or the flags; None if it is not known."""
+    lengths = {60 / melody.bpm * melody.bar for melody in notes if melody is not None}
+    if len(lengths) > 1:
+        raise UserError("--bars and --loop: the melodies have bars of several lengths; give files of one "
+                        "tempo, or --bpm")
+    if lengths:
+        return lengths.pop()
+    _, bar = beat_and_bar(*parse_meter(args.meter or METER))
+    return 60 / args.bpm * bar if args.bpm else None
+
+
+def settle_duration(args, notes, longest: float):
+    """Sets args.duration, whole bars with --bars and --loop. Raises UserError for flags that clash."""
+    known = any(melody is not None for melody in notes)
+    if args.bpm is not None and not 5 <= args.bpm <= 1000:
+        raise UserError(f"--bpm {args.bpm:g}: must be from 5 to 1000")
+    if args.bars and args.duration:
+        raise UserError("--bars and --duration: give one of the two")
+    if args.meter and not args.notes and known:
+        raise UserError(f"--meter {args.meter}: a file of notes has its own; leave it out")
+    if (args.bpm or args.meter) and not (known or args.bars or args.loop):
+        raise UserError("--bpm and --meter say how notes, --bars or --loop are counted; give one of these, "
+                        "or put the tempo into --text")
+    if not (args.bars or args.loop):
+        args.duration = args.duration or DURATION
+        return
+    bar = bar_seconds(args, notes)
+    if args.bars and bar is None:
+        raise UserError("--bars needs a tempo: --bpm, --notes or a file of notes")
+    duration = args.bars * bar if args.bars else args.duration or DURATION
+    if bar is not None:
+        duration = max(1, round(duration / bar)) * bar
+    if duration > longest:
+        raise UserError(f"{duration:.0f} s are too long; at most {longest:.0f} s")
+    args.duration = duration
+
+
+# --- chroma -----------------------------------------------------------------------------------------------
+
+def read_melodies(model, args, melodies, notes, lead: float) -> list:
+    """The chroma (M, Q) of each item's melody, None for none; each recording is read once.
+
+    lead: seconds in front of a loop, 0 without --loop.
+    """
+    chroma = {None: None}
+    for melody, typed in zip(melodies, notes):
+        if melody not in chroma:
+            chroma[melody] = melody_chroma(model, args, melody, typed, lead)
+    return [chroma[melody] for melody in melodies]
+
+
+def melody_chroma(model, args, melody, notes, lead: float):
+    """The chroma (M, Q) of one melody, longer than the music."""
+    seconds = lead + args.duration + model.config.segment_duration
+    rate = model.sample_rate / model.config.hop             # chroma frames a second
+    time = np.arange(int(seconds * rate) + 2) / rate
+    if args.loop:
+        time = loop_times(time, lead, args.duration)
+    if notes is not None:
+        return notes.chroma_at(time, model.config.n_chroma)
+    wav = read_audio(melody, model.sample_rate, 1, duration=seconds + 10)
+    with naming(f"--melody {melody}"):
+        chroma = model.melody_chroma(again(wav, model.sample_rate, seconds), stem=args.stem)
+    frames = torch.from_numpy(np.round(time * rate)).long()
+    return chroma[frames.clamp(max=len(chroma) - 1)]
+
+
+def again(wav, rate: int, seconds: float):
+    """Wave (1, L) -> the same, or if it is shorter, over and over without the silence at its end."""
+    wanted = round(seconds * rate)
+    if wav.shape[-1] >= wanted:
+        return wav
+    loud = (wav.abs() > QUIET * wav.abs().max()).any(0).nonzero()
+    if len(loud):
+        wav = wav[:, :int(loud[-1]) + 1]
+    return wav.repeat(1, -(-wanted // wav.shape[-1]))[:, :wanted]
