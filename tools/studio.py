@@ -1,0 +1,264 @@
+"""What the page of tools/server.py asks for: melodies, a queue of wishes, and the takes that come of them.
+
+    studio = Studio(model, "checkpoints/tiny", folder)
+    wish = check_wish({"text": "a slow flute", "duration": 5})
+    for event in studio.play(wish):     # {"job", "queue"}, {"take", ...}, {"audio"}, ..., {"done"}
+        ...
+
+One take is made at a time. Takes and melodies are files in `folder`; of many, the oldest are forgotten.
+"""
+import base64
+import contextlib
+import itertools
+import tempfile
+import threading
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+try:
+    from data.notes import parse_notes
+except ImportError:     # until it is there
+    parse_notes = None
+from data.audio import read_audio, to_int16, write_audio
+from sampling.takes import DEFAULT_CHECKPOINT, SETTINGS, metadata
+from system.errors import UserError
+from system.files import write_atomic
+
+MAX_MELODY, MAX_DURATION = 120.0, 300.0     # seconds of a melody that are used, of music asked for at once
+MAX_WAITING = 50                            # wishes in the queue
+MAX_TAKES, MAX_MELODIES = 50, 50            # kept
+MAX_SECONDS = 3600.0                        # of all takes together
+NUMBERS = {     # what a wish can say: type, lowest, highest, default
+    "duration": (float, 0.1, MAX_DURATION, 10.0), "seed": (int, 0, 2 ** 53, 0),
+    "melody": (int, 0, 10 ** 9, None), "continue": (int, 0, 10 ** 9, None), "bpm": (float, 5, 1000, None),
+    "guidance": (float, -1000, 1000, None), "temperature": (float, 0, 100, None),
+    "top_k": (int, 0, 10 ** 6, None), "top_p": (float, 0, 1, None)}
+TEXTS = {"text": 1000, "notes": 10_000}     # characters at most
+
+
+def check_wish(wish) -> dict:
+    """A wish with all of its keys, None for what it leaves open. Raises UserError naming a bad one."""
+    if not isinstance(wish, dict):
+        raise UserError("a wish is a JSON object")
+    unknown = set(wish) - set(NUMBERS) - set(TEXTS)
+    if unknown:
+        raise UserError(f"{sorted(unknown)[0]!r:.40}: no wish has this; known are {', '.join(NUMBERS | TEXTS)}")
+    checked = {}
+    for name, longest in TEXTS.items():
+        text = wish.get(name) or None
+        if text is not None and not (isinstance(text, str) and len(text) <= longest):
+            raise UserError(f"{name}: must be text of at most {longest:,} characters")
+        checked[name] = text
+    for name, (kind, lowest, highest, default) in NUMBERS.items():
+        value = default if wish.get(name) is None else wish[name]
+        if value is not None:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (is_number and lowest <= value <= highest and kind(value) == value):
+                whole = "whole " if kind is int else ""
+                raise UserError(f"{name}: must be a {whole}number from {lowest:,} to {highest:,}")
+            value = kind(value)
+        checked[name] = value
+    return checked
+
+
+def stream(model, texts, melodies, rate, prompt, prompt_rate, duration, **settings):
+    """Until MusicGen.stream is there."""
+    if hasattr(model, "stream"):
+        yield from model.stream(texts, melodies, rate, prompt, prompt_rate, duration, **settings)
+        return
+    wav = model.generate(texts, melodies, rate, prompt, prompt_rate, duration, **settings)
+    for piece in wav.split(model.sample_rate // 2, dim=-1):
+        yield piece
+
+
+def pitch_classes(chroma) -> list[int]:
+    """Chroma (M, Q) -> the strongest pitch class of each frame, -1 where there is none."""
+    silent = chroma.amax(-1) == 0
+    return chroma.argmax(-1).masked_fill(silent, -1).tolist()
+
+
+class Job:
+    """A wish in the queue; its number becomes that of its take."""
+
+    def __init__(self, number: int):
+        self.number, self.stopped = number, False
+
+
+class Studio:
+    """The model, the queue in front of it, and the takes in a folder."""
+
+    def __init__(self, model, checkpoint: str, folder):
+        self.model, self.checkpoint, self.folder = model, str(checkpoint), Path(folder)
+        self.melody_numbers, self.job_numbers = itertools.count(1), itertools.count(1)
+        self.changed = threading.Condition()    # guards all that follows
+        self.queue = []                         # jobs; the first one is being made
+        self.takes = {}                         # number: what the page shows of it; the oldest first
+        self.melodies = []                      # numbers; the oldest first
+        self.reading = threading.Lock()         # files are decoded and encoded one by one: bounded memory
+
+    def about(self) -> dict:
+        """What the page must know of the model."""
+        config = self.model.config
+        words = config.t5_words.split() if config.t5 == "words" else None
+        shipped = self.checkpoint == str(DEFAULT_CHECKPOINT)
+        settings = {flag: getattr(config, key) for flag, key in SETTINGS.items()}
+        return {"checkpoint": "the shipped model" if shipped else self.checkpoint, "text": config.text != "none", "words": words,
+                "melody": config.melody != "none", "sample_rate": self.model.sample_rate,
+                "settings": settings, "longest": MAX_DURATION}
+
+    # --- melodies -----------------------------------------------------------------------------------------
+
+    def add_melody(self, path) -> dict:
+        """An uploaded file becomes a melody. Raises UserError when it cannot be read as audio."""
+        if self.model.config.melody == "none":
+            raise UserError("this model was trained on text only and takes no melody")
+        with self.reading:
+            try:
+                wav = read_audio(path, self.model.sample_rate, 1, duration=MAX_MELODY + 1)
+            except UserError as error:
+                raise UserError(str(error).replace(f"{path}: ", "the recording: ")) from None
+            longest = round(MAX_MELODY * self.model.sample_rate)
+            number = next(self.melody_numbers)
+            write_audio(self.melody_file(number), wav[:, :longest], self.model.sample_rate)
+            classes = pitch_classes(self.model.melody_chroma(self.read_melody(number)))
+            self.melodies.append(number)
+            while len(self.melodies) > MAX_MELODIES:
+                self.melody_file(self.melodies.pop(0)).unlink()
+        seconds = min(wav.shape[1], longest) / self.model.sample_rate
+        return {"melody": number, "seconds": seconds, "cut": wav.shape[1] > longest, "classes": classes,
+                "frame": self.frame_seconds()}
+
+    def melody_file(self, number: int) -> Path:
+        return self.folder / f"melody_{number}.wav"
+
+    def read_melody(self, number: int):
+        """A melody's wave (1, L), as `--melody` would read the saved file."""
+        return self.read(self.melody_file(number), 1, "that melody is no longer kept; record it anew")
+
+    def read(self, path, channels: int, missing: str):
+        if not path.is_file():
+            raise UserError(missing)
+        return read_audio(path, self.model.sample_rate, channels)
+
+    def frame_seconds(self) -> float:
+        return self.model.config.hop / self.model.sample_rate
+
+    # --- music --------------------------------------------------------------------------------------------
+
+    def play(self, wish: dict):
+        """A checked wish -> yields events as they come: {"queue"}, {"take"}, {"audio"} and so on, {"done"}.
+
+        Closing the iterator ends the work. Raises UserError, before the first event when the queue is full.
+        """
+        with self.changed:
+            if len(self.queue) >= MAX_WAITING:
+                raise UserError(f"{MAX_WAITING} wishes are waiting already; try again in a minute")
+            job = Job(next(self.job_numbers))
+            self.queue.append(job)
+        try:
+            yield from self.wait(job)
+            if job.stopped:
+                yield {"done": None}
+            else:
+                yield from self.music(job, wish)
+        finally:
+            with self.changed:
+                self.queue.remove(job)
+                self.changed.notify_all()
+
+    def wait(self, job):
+        """Yields the job's place in the queue until it is the first, twice a second: so a closed tab shows."""
+        def is_due():
+            return self.queue[0] is job or job.stopped
+        while True:
+            with self.changed:
+                place = self.queue.index(job)
+            yield {"job": job.number, "queue": place}
+            with self.changed:
+                if self.changed.wait_for(is_due, timeout=0.5):
+                    return
+
+    def music(self, job, wish):
+        model, duration = self.model, wish["duration"]
+        settings = {name: wish[name] for name in SETTINGS if wish[name] is not None}
+        melodies, prompt, classes = None, None, []
+        if wish["melody"] is not None:
+            melodies = [self.read_melody(wish["melody"])]
+            classes = pitch_classes(model.melody_chroma(melodies[0]))
+        if wish["notes"]:
+            melodies = [parse_notes(wish["notes"], wish["bpm"] or 120.0)]
+            classes = pitch_classes(melodies[0].chroma(model.config, duration))
+        if wish["continue"] is not None:
+            earlier = wish["continue"]
+            prompt = self.read(self.folder / f"take_{earlier}.wav", model.config.channels,
+                               f"take {earlier} is no longer kept")
+            duration += prompt.shape[1] / model.sample_rate
+        waves = stream(model, [wish["text"]], melodies, None, prompt, None, duration,
+                       seeds=[wish["seed"]], **settings)
+        yield {"take": job.number, "sample_rate": model.sample_rate, "channels": model.config.channels,
+               "classes": classes, "frame": self.frame_seconds(), "duration": duration,
+               "continues_at": duration - wish["duration"]}
+        pieces, finished = [], False
+        try:
+            for wave in waves:
+                pieces.append(wave[0])                                      # (C, l)
+                samples = to_int16(wave[0].T.numpy()).astype("<i2")         # (l, C)
+                yield {"audio": base64.b64encode(samples.tobytes()).decode()}
+                if job.stopped:
+                    break
+            else:
+                finished = True
+        finally:
+            waves.close()
+            forgotten = self.keep(job, wish, duration, classes, pieces, finished) if pieces else []
+        yield {"done": self.takes.get(job.number), "forgotten": forgotten}
+
+    def keep(self, job, wish, duration, classes, pieces, finished) -> list[int]:
+        """Makes a take of what was made, even of a part -> the numbers of takes that had to go for it."""
+        wav = torch.cat(pieces, dim=-1)
+        out = self.folder / f"take_{job.number}.wav"
+        write_audio(out, wav, self.model.sample_rate)
+        seconds = wav.shape[1] / self.model.sample_rate
+        flags = {name: wish[name] for name in ("notes", "bpm", *SETTINGS)}
+        earlier = wish["continue"] and f"take_{wish['continue']}.wav"
+        args = Namespace(checkpoint=self.checkpoint, duration=duration, prompt=earlier, **flags)
+        melody = wish["melody"] and f"melody_{wish['melody']}.wav"
+        about = metadata(args, wish["text"], melody, wish["seed"], Path(out.name), self.model.config)
+        write_atomic(out.with_suffix(".json"), about.encode())
+        take = {"take": job.number, "wish": wish, "seconds": seconds, "finished": finished, "classes": classes,
+                "frame": self.frame_seconds()}
+        forgotten = []
+        with self.changed:
+            self.takes[job.number] = take
+            while len(self.takes) > MAX_TAKES or sum(t["seconds"] for t in self.takes.values()) > MAX_SECONDS:
+                oldest = next(iter(self.takes))
+                del self.takes[oldest]
+                for suffix in (".wav", ".json"):
+                    (self.folder / f"take_{oldest}{suffix}").unlink()
+                forgotten.append(oldest)
+        return forgotten
+
+    def stop(self, number):
+        with self.changed:
+            for job in self.queue:
+                if job.number == number:
+                    job.stopped = True
+            self.changed.notify_all()
+
+    def list_takes(self) -> list[dict]:
+        with self.changed:
+            return list(self.takes.values())
+
+    def file(self, name: str, number: int, kind: str):
+        """The bytes of a take or melody in a format, None when there is no such file."""
+        path = self.folder / f"{name}_{number}.{kind if kind == 'json' else 'wav'}"
+        with contextlib.suppress(FileNotFoundError):
+            if kind in ("wav", "json"):
+                return path.read_bytes()
+            with self.reading, tempfile.TemporaryDirectory() as folder:
+                wav = self.read(path, self.model.config.channels, "")
+                write_audio(Path(folder) / f"take.{kind}", wav, self.model.sample_rate)
+                return (Path(folder) / f"take.{kind}").read_bytes()
+        return None
