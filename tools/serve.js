@@ -154,7 +154,7 @@ async function upload(content, name) {
   try {
     const told = await (await ask("melody", { method: "POST", body: content })).json();
     setMelody({ number: told.melody, name, seconds: told.seconds, classes: told.classes, frame: told.frame });
-    say(told.cut ? `Melody ready; its first ${seconds(told.seconds)} are used.` : "Melody ready.");
+    say(["Melody ready.", ...told.notes].join(" "));
   } catch (error) { say(""); throw error }
 }
 

@@ -26,12 +26,12 @@ from pathlib import Path
 from system.errors import UserError
 from tools.studio import Studio, check_wish
 
-LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")      # what Host may be; any port: it may be forwarded
+LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?")      # what Host may be; any port: it may be forwarded
 STATIC = {"/": ("serve.html", "text/html"), "/serve.css": ("serve.css", "text/css"),
           "/serve.js": ("serve.js", "text/javascript")}
 KINDS = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg", "mp3": "audio/mpeg",
          "json": "application/json"}
-FILE = re.compile(r"/(take|melody)/(\d{1,9})\.(wav|flac|ogg|mp3|json)")
+FILE = re.compile(r"/(take|melody)/([0-9]{1,9})\.(wav|flac|ogg|mp3|json)")
 HEADERS = {     # nothing from elsewhere is loaded, nothing is put into a frame, no text is run as script
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
                                "media-src blob:; img-src data:; form-action 'none'; base-uri 'none'; "
@@ -66,11 +66,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_json(200, self.studio.list_takes())
         elif match := FILE.fullmatch(self.path):
             name, number, kind = match.groups()
-            content = self.studio.file(name, int(number), kind)
-            if content is None:
-                self.answer_json(404, {"error": f"{name} {number} is not here, or no longer"})
-            else:
-                self.answer(200, content, KINDS[kind])
+            try:
+                self.answer(200, self.studio.file(name, int(number), kind), KINDS[kind])
+            except UserError as error:
+                self.answer_json(404, {"error": str(error)})
         else:
             self.answer_json(404, {"error": "there is no such page"})
 
@@ -114,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
     def is_short(self, limit: int) -> bool:
         """Whether a request tells its length and is within the limit; any other is refused unread."""
         length = self.headers.get("Content-Length", "")
-        if re.fullmatch(r"\d{1,15}", length) and int(length) <= limit:
+        if re.fullmatch(r"[0-9]{1,15}", length) and int(length) <= limit:
             return True
         self.close_connection = True
         self.answer_json(413, {"error": f"too long: at most {limit / 2 ** 20:.2g} MB, and tell the length"})
@@ -198,13 +197,15 @@ class Server(ThreadingHTTPServer):
 def open_server(model, checkpoint, port: int = PORT):
     """Inside, a server that is bound to the loopback address; its takes are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="nanomusicgen-") as folder:
-        handler = functools.partial(Handler, Studio(model, checkpoint, folder))
+        studio = Studio(model, checkpoint, folder)
         try:
-            server = Server(("127.0.0.1", port), handler)
+            server = Server(("127.0.0.1", port), functools.partial(Handler, studio))
         except OSError as error:
-            raise UserError(f"--serve {port}: this port cannot be had ({error.strerror}); give another one") from None
+            raise UserError(f"--serve {port}: this port cannot be had ({error.strerror}); give another one"
+                            ) from None
         with server:
             yield server
+        studio.close()
 
 
 def serve(model, checkpoint, port: int = PORT):

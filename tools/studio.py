@@ -8,8 +8,8 @@
 One take is made at a time. Takes and melodies are files in `folder`; of many, the oldest are forgotten.
 """
 import base64
-import contextlib
 import itertools
+import re
 import tempfile
 import threading
 from argparse import Namespace
@@ -79,6 +79,12 @@ def pitch_classes(chroma) -> list[int]:
     return chroma.argmax(-1).masked_fill(silent, -1).tolist()
 
 
+def without_path(sentence, path) -> str:
+    """What is said of a temporary file, as the page is to show it."""
+    sentence = re.sub(r"Error opening b'[^']*': ", "", str(sentence))       # of libsndfile
+    return sentence.replace(str(path), "the recording")
+
+
 class Job:
     """A wish in the queue; its number becomes that of its take."""
 
@@ -114,21 +120,23 @@ class Studio:
         """An uploaded file becomes a melody. Raises UserError when it cannot be read as audio."""
         if self.model.config.melody == "none":
             raise UserError("this model was trained on text only and takes no melody")
+        notes = []
         with self.reading:
             try:
-                wav = read_audio(path, self.model.sample_rate, 1, duration=MAX_MELODY + 1)
+                wav = read_audio(path, self.model.sample_rate, 1, duration=MAX_MELODY + 1, tell=notes.append)
             except UserError as error:
-                raise UserError(str(error).replace(f"{path}: ", "the recording: ")) from None
-            longest = round(MAX_MELODY * self.model.sample_rate)
+                raise UserError(without_path(error, path)) from None
+            if wav.shape[1] > MAX_MELODY * self.model.sample_rate:
+                wav = wav[:, :round(MAX_MELODY * self.model.sample_rate)]
+                notes.append(f"the recording is long: its first {MAX_MELODY:g} s are used")
             number = next(self.melody_numbers)
-            write_audio(self.melody_file(number), wav[:, :longest], self.model.sample_rate)
+            write_audio(self.melody_file(number), wav, self.model.sample_rate)
             classes = pitch_classes(self.model.melody_chroma(self.read_melody(number)))
             self.melodies.append(number)
             while len(self.melodies) > MAX_MELODIES:
                 self.melody_file(self.melodies.pop(0)).unlink()
-        seconds = min(wav.shape[1], longest) / self.model.sample_rate
-        return {"melody": number, "seconds": seconds, "cut": wav.shape[1] > longest, "classes": classes,
-                "frame": self.frame_seconds()}
+        return {"melody": number, "seconds": wav.shape[1] / self.model.sample_rate, "classes": classes,
+                "frame": self.frame_seconds(), "notes": [without_path(note, path) for note in notes]}
 
     def melody_file(self, number: int) -> Path:
         return self.folder / f"melody_{number}.wav"
@@ -247,18 +255,29 @@ class Studio:
                     job.stopped = True
             self.changed.notify_all()
 
+    def close(self):
+        """Stops everything, and returns when it has stopped."""
+        with self.changed:
+            for job in self.queue:
+                job.stopped = True
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: not self.queue)
+
     def list_takes(self) -> list[dict]:
         with self.changed:
             return list(self.takes.values())
 
-    def file(self, name: str, number: int, kind: str):
-        """The bytes of a take or melody in a format, None when there is no such file."""
+    def file(self, name: str, number: int, kind: str) -> bytes:
+        """A take or melody as a file of a format. Raises UserError when it is not there."""
         path = self.folder / f"{name}_{number}.{kind if kind == 'json' else 'wav'}"
-        with contextlib.suppress(FileNotFoundError):
+        missing = f"{name} {number} is not kept"
+        with self.reading:
             if kind in ("wav", "json"):
+                if not path.is_file():
+                    raise UserError(missing)
                 return path.read_bytes()
-            with self.reading, tempfile.TemporaryDirectory() as folder:
-                wav = self.read(path, self.model.config.channels, "")
-                write_audio(Path(folder) / f"take.{kind}", wav, self.model.sample_rate)
-                return (Path(folder) / f"take.{kind}").read_bytes()
-        return None
+            wav = self.read(path, self.model.config.channels, missing)
+            with tempfile.TemporaryDirectory() as folder:
+                converted = Path(folder) / f"{name}.{kind}"
+                write_audio(converted, wav, self.model.sample_rate)
+                return converted.read_bytes()
