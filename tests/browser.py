@@ -102,7 +102,9 @@ class Browser:
             value = self.run(expression)
             if value:
                 return value
-            assert time.monotonic() < end, f"not within {seconds} s: {expression}"
+            if time.monotonic() > end:
+                said = self.run("document.body.innerText")
+                raise AssertionError(f"not within {seconds} s: {expression}; {self.errors}; the page: {said}")
             time.sleep(0.02)
 
     def open(self, url: str):

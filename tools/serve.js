@@ -196,15 +196,17 @@ async function takeFile(file) {
   }
 }
 
-let recorder = null;
+let recorder = null, asking = false;
 
 async function record() {
   if (recorder) return recorder.stop();
+  if (asking) return;                       // the browser asks whether the microphone may be used
   stop();
+  asking = true;
   const raw = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };  // made for speech
   const stream = await navigator.mediaDevices.getUserMedia({ audio: raw }).catch(error => {
     throw new Error(`the microphone cannot be used (${error.message})`);
-  });
+  }).finally(() => { asking = false });
   const pieces = [], began = performance.now();
   recorder = new MediaRecorder(stream);
   recorder.ondataavailable = event => pieces.push(event.data);
@@ -406,13 +408,14 @@ function forget(numbers) {
     find("notice").textContent = `Only so many takes are kept: forgotten to make room: ${numbers.join(", ")}.`;
 }
 
-let source = "";
+let source = "", asked = 0;
 
 async function show(number, begin, at = 0) {        // a take in the player
-  const take = takes.get(number), player = find("player");
+  const take = takes.get(number), player = find("player"), mine = ++asked;
   if (begin) stop();
   if (shown !== number) {
     const blob = await (await ask(`take/${number}.wav`)).blob();
+    if (mine !== asked) return;         // meanwhile another one was asked for
     URL.revokeObjectURL(source);
     source = player.src = URL.createObjectURL(blob);
     shown = number;
@@ -425,7 +428,9 @@ async function show(number, begin, at = 0) {        // a take in the player
     movePlayhead(0);
   }
   player.currentTime = at;
-  if (begin) { await player.play(); say(`Playing take ${number}.`) }
+  if (!begin) return;
+  await player.play().catch(error => { if (mine === asked) throw error });
+  if (mine === asked) say(`Playing take ${number}.`);
 }
 
 function markAs(side, number) {

@@ -63,16 +63,6 @@ def check_wish(wish) -> dict:
     return checked
 
 
-def stream(model, texts, melodies, rate, prompt, prompt_rate, duration, **settings):
-    """Until MusicGen.stream is there."""
-    if hasattr(model, "stream"):
-        yield from model.stream(texts, melodies, rate, prompt, prompt_rate, duration, **settings)
-        return
-    wav = model.generate(texts, melodies, rate, prompt, prompt_rate, duration, **settings)
-    for piece in wav.split(model.sample_rate // 2, dim=-1):
-        yield piece
-
-
 def pitch_classes(chroma) -> list[int]:
     """Chroma (M, Q) -> the strongest pitch class of each frame, -1 where there is none."""
     silent = chroma.amax(-1) == 0
@@ -203,8 +193,8 @@ class Studio:
             prompt = self.read(self.folder / f"take_{earlier}.wav", model.config.channels,
                                f"take {earlier} is no longer kept")
             duration += prompt.shape[1] / model.sample_rate
-        waves = stream(model, [wish["text"]], melodies, None, prompt, None, duration,
-                       seeds=[wish["seed"]], **settings)
+        waves = model.stream([wish["text"]], melodies, None, prompt, None, duration, seeds=[wish["seed"]],
+                             **settings)
         yield {"take": job.number, "sample_rate": model.sample_rate, "channels": model.config.channels,
                "classes": classes, "frame": self.frame_seconds(), "duration": duration,
                "continues_at": duration - wish["duration"]}
