@@ -29,6 +29,8 @@ from system.command import Parser
 from system.errors import UserError, naming
 from system.files import check_writable, write_atomic
 
+PORT = 7860     # of --serve
+
 
 # --- flags ------------------------------------------------------------------------------------------------
 
@@ -50,6 +52,13 @@ def count(text: str) -> int:
     """The type of --bars."""
     if not 1 <= int(text) <= 10_000:
         raise argparse.ArgumentTypeError(f"{text}: must be from 1 to 10,000")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """The type of --serve."""
+    if not 0 <= int(text) < 2 ** 16:
+        raise argparse.ArgumentTypeError(f"{text}: must be from 0 (any that is free) to 65535")
     return int(text)
 
 
@@ -102,6 +111,8 @@ def parse(MusicGen, argv):
     add("--overwrite", action="store_true", help="replace an existing --out or --page")
     add("--keep_partial", action="store_true", help="Ctrl-C ends with what is finished, not with nothing")
     add("--no_tags", action="store_true", help="write no title, model and seed into the audio files")
+    add("--serve", type=port, nargs="?", const=PORT, metavar="PORT",
+        help=f"a page to hum into, for this machine alone (default port {PORT})")
     add("--export", metavar="DIR",
         help="write the checkpoint small, as it is shipped (int8 and float16), and stop")
     add("--export_hf", metavar="DIR", help="write the checkpoint for transformers, and stop")
@@ -115,6 +126,8 @@ def main(MusicGen, argv):
     args = parse(MusicGen, argv)
     if args.export or args.export_hf:
         return export(MusicGen, args)
+    if args.serve is not None:
+        return serve_page(MusicGen, args)
     check_together(args)
     texts, melodies = pair(args.text, args.melody or args.notes)
     nothing = [None] * len(melodies)
@@ -173,6 +186,17 @@ def generate_codes(model, args, texts, chromas, prompt, seeds, lead: float, inte
     if not codes.shape[-1]:
         raise UserError("interrupted before the first frame was whole: nothing is written")
     return codes
+
+
+def serve_page(MusicGen, args):
+    """--serve: what a take is to be is told on the page, what makes it on the command line."""
+    defaults = vars(parse(MusicGen, []))
+    for name, value in vars(args).items():
+        if value != defaults[name] and name not in ("serve", "checkpoint", "device", "dtype", "compile"):
+            raise UserError(f"--serve and --{name}: leave --{name} out, the page has a place for it")
+    from tools.server import serve
+    serve(MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile), args.checkpoint,
+          args.serve)
 
 
 def export(MusicGen, args):

@@ -8,6 +8,7 @@ const LOUDEST = -15, FLOOR = -75;                   // dB that are brightest and
 const HEAT = [[0, 0, 4], [40, 17, 89], [114, 31, 129], [183, 55, 121], [241, 96, 93], [254, 176, 120],
   [252, 253, 191]];
 const SETTINGS = ["guidance", "temperature", "top_k", "top_p"];
+const RESERVE = 2;          // seconds
 const QUIET = 0.01;         // of the loudest sample: what is below at both ends of a recording is cut off
 
 let about;                  // what the server told of the model
@@ -236,6 +237,7 @@ let speaker = null;         // the AudioContext, at the model's rate: pieces joi
 class Sound {               // pieces of music, played one after the other
   constructor(rate, channels, from) {
     Object.assign(this, { rate, channels, sources: [], samples: new Float32Array(0), end: 0, skip: from });
+    this.waiting = [];
   }
   add(bytes) {
     const values = new Int16Array(bytes.buffer), frames = values.length / this.channels;
@@ -251,7 +253,14 @@ class Sound {               // pieces of music, played one after the other
     }
     const place = this.samples.length / this.rate;
     this.samples = mono;
-    if (place + piece.duration > this.skip) this.schedule(piece, Math.max(0, this.skip - place));
+    if (place + piece.duration > this.skip) this.waiting.push([piece, Math.max(0, this.skip - place)]);
+    this.scheduleAll(RESERVE);
+  }
+  scheduleAll(reserve) {    // a model slower than the music runs dry: it goes on with that many seconds at hand
+    const isDry = this.sources.length && this.end < speaker.currentTime;
+    const seconds = this.waiting.reduce((sum, [piece]) => sum + piece.duration, 0);
+    if (isDry && seconds < reserve) return;
+    for (const [piece, skip] of this.waiting.splice(0)) this.schedule(piece, skip);
   }
   schedule(piece, skip) {
     const soonest = speaker.currentTime + 0.03;
@@ -266,7 +275,7 @@ class Sound {               // pieces of music, played one after the other
     this.end = at + piece.duration - skip;
   }
   get time() { return this.sources.length ? speaker.currentTime - this.start : this.skip }
-  get over() { return speaker.currentTime >= this.end }
+  get isOver() { return speaker.currentTime >= this.end }
   silence() { this.sources.forEach(source => source.stop()) }
 }
 
@@ -320,6 +329,7 @@ async function play(wish) {
       }
       if ("done" in event) {
         mine.finished = true;
+        mine.sound?.scheduleAll(0);
         if (event.done) addTake(event.done);
         forget(event.forgotten || []);
         if (mine.stopped) finish(mine, event.done);
@@ -337,7 +347,7 @@ async function play(wish) {
 function follow(mine) {                 // moves the playhead while the music in the making is heard
   if (making !== mine || mine.stopped) return;
   movePlayhead(mine.sound.time / mine.duration);
-  if (mine.finished && mine.sound.over) return finish(mine, mine.take);
+  if (mine.finished && mine.sound.isOver) return finish(mine, mine.take);
   requestAnimationFrame(() => follow(mine));
 }
 

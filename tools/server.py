@@ -39,7 +39,6 @@ HEADERS = {     # nothing from elsewhere is loaded, nothing is put into a frame,
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin"}
 MAX_UPLOAD, MAX_JSON = 2 ** 25, 2 ** 16     # bytes of a recording, of what the page asks for
-PORT = 7860
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -194,7 +193,7 @@ class Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def open_server(model, checkpoint, port: int = PORT):
+def open_server(model, checkpoint, port: int):
     """Inside, a server that is bound to the loopback address; its takes are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="nanomusicgen-") as folder:
         studio = Studio(model, checkpoint, folder)
@@ -208,7 +207,7 @@ def open_server(model, checkpoint, port: int = PORT):
         studio.close()
 
 
-def serve(model, checkpoint, port: int = PORT):
+def serve(model, checkpoint, port: int):
     """Serves the page until Ctrl-C."""
     with open_server(model, checkpoint, port) as server:
         host, port = server.server_address

@@ -27,6 +27,7 @@ from system.errors import UserError
 from system.files import write_atomic
 
 MAX_MELODY, MAX_DURATION = 120.0, 300.0     # seconds of a melody that are used, of music asked for at once
+CHUNK = 0.25                                # seconds that are sent at once
 MAX_WAITING = 50                            # wishes in the queue
 MAX_TAKES, MAX_MELODIES = 50, 50            # kept
 MAX_SECONDS = 3600.0                        # of all takes together
@@ -193,8 +194,8 @@ class Studio:
             prompt = self.read(self.folder / f"take_{earlier}.wav", model.config.channels,
                                f"take {earlier} is no longer kept")
             duration += prompt.shape[1] / model.sample_rate
-        waves = model.stream([wish["text"]], melodies, None, prompt, None, duration, seeds=[wish["seed"]],
-                             **settings)
+        waves = model.stream([wish["text"]], melodies, None, prompt, None, duration, CHUNK,
+                             seeds=[wish["seed"]], **settings)
         yield {"take": job.number, "sample_rate": model.sample_rate, "channels": model.config.channels,
                "classes": classes, "frame": self.frame_seconds(), "duration": duration,
                "continues_at": duration - wish["duration"]}
