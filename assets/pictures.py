@@ -15,6 +15,7 @@ import math
 import sys
 import tempfile
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -133,12 +134,18 @@ def figure(width: float, height: float, *grid, **options):
 
 
 def save(fig, name: str, colors: int = 64, dpi: int = 150):
-    """Writes assets/NAME.png with a palette, which a picture of few colors does not miss."""
+    """Writes a figure as assets/NAME.png: its few colors do not miss those that a palette leaves out."""
     import matplotlib.pyplot as plt
-    from PIL import Image
-    raw, small = io.BytesIO(), io.BytesIO()
+    raw = io.BytesIO()
     fig.savefig(raw, dpi=dpi)
     plt.close(fig)
+    save_small(raw, name, colors)
+
+
+def save_small(raw, name: str, colors: int):
+    """Writes assets/NAME.png of a picture (a file, PNG) with a palette of so many colors."""
+    from PIL import Image
+    small = io.BytesIO()
     image = Image.open(raw).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
     image.save(small, "PNG", optimize=True)
     write_atomic(ROOT / "assets" / f"{name}.png", small.getvalue())
@@ -615,10 +622,37 @@ def samples():
     save(fig, "samples", 20, 78)
 
 
+def served():
+    """The page of `python sample.py --serve` after a take, in a browser."""
+    sys.path.append(str(ROOT / "tests"))
+    from browser import Browser
+    from tools.server import open_server
+    ready = "document.getElementById('status').textContent.endsWith(%r)"
+    with open_server(model(), DEFAULT_CHECKPOINT, 0) as server, tempfile.TemporaryDirectory() as folder:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Browser(folder) as browser:
+            browser.resize(1100, 940)
+            browser.open(f"http://127.0.0.1:{server.server_port}/")
+            browser.wait("document.body.dataset.ready")
+            browser.choose_file("#file", TUNE)
+            browser.wait(ready % "Melody ready.")
+            for word in ("slow", "flute", "alone"):
+                browser.run(f"[...chips.children].find(chip => chip.textContent == {word!r}).click()")
+            browser.run("document.getElementById('new-seed').checked = false")
+            browser.click("#play")
+            browser.wait(ready % "is ready.", 120)
+            browser.wait("document.getElementById('player').duration > 0")
+            browser.screenshot(f"{folder}/page.png")
+        save_small(f"{folder}/page.png", "serve", 48)
+        server.shutdown()
+
+
 PICTURES = {"system": system, "output": output, "patterns": five_patterns, "rvq": residual,
             "codebooks": codebooks, "chroma": melody, "attention": attention, "training": training,
-            "dadaptation": dadaptation, "melody": followed, "samples": samples}
-MODEL = ("system", "output", "rvq", "codebooks", "attention", "training", "melody", "samples")
+            "dadaptation": dadaptation, "melody": followed, "samples": samples,
+            "serve": served}
+MODEL = ("system", "output", "rvq", "codebooks", "attention", "training", "melody", "samples",
+         "serve")
 
 
 def main(argv):

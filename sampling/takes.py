@@ -5,6 +5,7 @@
     samples/a_slow_flute_tune.npz       its codes (--save_codes), which a take can continue (--continue_from)
 """
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -114,10 +115,17 @@ def tags_of(args, text, seed: int) -> dict:
     """
     if args.no_tags:
         return {}
-    directory = open_checkpoint(args.checkpoint)
-    name = directory.resolve().name if os.path.isdir(os.path.expanduser(args.checkpoint)) else args.checkpoint
-    model = f"model {name} {version_of(directory)}"
-    return dict(title=text or "music", software=f"nanoMusicGen, {model}, seed {seed}", comment="AI-generated")
+    software = f"nanoMusicGen, model {name_and_version(args.checkpoint)}, seed {seed}"
+    return dict(title=text or "music", software=software, comment="AI-generated")
+
+
+@functools.cache
+def name_and_version(checkpoint: str) -> str:
+    """Of a model, looked up once: a hub id is asked for over the network."""
+    directory = open_checkpoint(checkpoint)
+    is_folder = os.path.isdir(os.path.expanduser(checkpoint))
+    name = directory.resolve().name if is_folder else checkpoint
+    return f"{name} {version_of(directory)}"
 
 
 # --- codes ------------------------------------------------------------------------------------------------

@@ -509,7 +509,8 @@ async function begin() {
     const isNumber = word => /^\d+$/.test(word);
     for (const word of about.words)
       if (!isNumber(word)) find("chips").append(button(word, word, () => toggleWord(word)));
-    find("numbers").textContent = about.words.filter(isNumber).join(" ");
+    const numbers = about.words.filter(isNumber);
+    if (numbers.length) find("numbers").textContent = `and ${numbers.join(" ")}`;
   }
   for (const name of SETTINGS) {
     const label = element("label", name.replace("_", " ") + " ");

@@ -22,7 +22,7 @@ try:
 except ImportError:     # until it is there
     parse_notes = None
 from data.audio import read_audio, to_int16, write_audio
-from sampling.takes import DEFAULT_CHECKPOINT, SETTINGS, metadata
+from sampling.takes import DEFAULT_CHECKPOINT, SETTINGS, metadata, tags_of
 from system.errors import UserError
 from system.files import write_atomic
 
@@ -216,18 +216,17 @@ class Studio:
 
     def keep(self, job, wish, duration, classes, pieces, finished) -> list[int]:
         """Makes a take of what was made, even of a part -> the numbers of takes that had to go for it."""
-        wav = torch.cat(pieces, dim=-1)
+        wav, rate = torch.cat(pieces, dim=-1), self.model.sample_rate
         out = self.folder / f"take_{job.number}.wav"
-        write_audio(out, wav, self.model.sample_rate)
-        seconds = wav.shape[1] / self.model.sample_rate
-        flags = {name: wish[name] for name in ("notes", "bpm", *SETTINGS)}
+        write_audio(out, wav, rate, self.tags(wish))
         earlier = wish["continue"] and f"take_{wish['continue']}.wav"
-        args = Namespace(checkpoint=self.checkpoint, duration=duration, prompt=earlier, **flags)
         melody = wish["melody"] and f"melody_{wish['melody']}.wav"
+        flags = {name: wish[name] for name in ("notes", "bpm", *SETTINGS)}
+        args = Namespace(checkpoint=self.checkpoint, duration=duration, prompt=earlier, **flags)
         about = metadata(args, wish["text"], melody, wish["seed"], Path(out.name), self.model.config)
         write_atomic(out.with_suffix(".json"), about.encode())
-        take = {"take": job.number, "wish": wish, "seconds": seconds, "finished": finished, "classes": classes,
-                "frame": self.frame_seconds()}
+        take = {"take": job.number, "wish": wish, "seconds": wav.shape[1] / rate, "finished": finished,
+                "classes": classes, "frame": self.frame_seconds()}
         forgotten = []
         with self.changed:
             self.takes[job.number] = take
@@ -238,6 +237,10 @@ class Studio:
                     (self.folder / f"take_{oldest}{suffix}").unlink()
                 forgotten.append(oldest)
         return forgotten
+
+    def tags(self, wish) -> dict:
+        """What the files of a take say of themselves."""
+        return tags_of(Namespace(checkpoint=self.checkpoint, no_tags=False), wish["text"], wish["seed"])
 
     def stop(self, number):
         with self.changed:
@@ -268,7 +271,8 @@ class Studio:
                     raise UserError(missing)
                 return path.read_bytes()
             wav = self.read(path, self.model.config.channels, missing)
+            tags = self.tags(self.takes[number]["wish"]) if name == "take" else {}
             with tempfile.TemporaryDirectory() as folder:
                 converted = Path(folder) / f"{name}.{kind}"
-                write_audio(converted, wav, self.model.sample_rate)
+                write_audio(converted, wav, self.model.sample_rate, tags)
                 return converted.read_bytes()
