@@ -9,6 +9,7 @@ One take is made at a time. Takes and melodies are files in `folder`; of many, t
 """
 import base64
 import itertools
+import math
 import re
 import tempfile
 import threading
@@ -17,11 +18,8 @@ from pathlib import Path
 
 import torch
 
-try:
-    from data.notes import parse_notes
-except ImportError:     # until it is there
-    parse_notes = None
 from data.audio import read_audio, to_int16, write_audio
+from sampling.melodies import melody_chroma, notes_of
 from sampling.takes import DEFAULT_CHECKPOINT, SETTINGS, metadata, tags_of
 from system.errors import UserError
 from system.files import write_atomic
@@ -132,8 +130,11 @@ class Studio:
     def melody_file(self, number: int) -> Path:
         return self.folder / f"melody_{number}.wav"
 
+    def take_file(self, number: int) -> Path:
+        return self.folder / f"take_{number}.wav"
+
     def read_melody(self, number: int):
-        """A melody's wave (1, L), as `--melody` would read the saved file."""
+        """A melody's wave (1, L)."""
         return self.read(self.melody_file(number), 1, "that melody is no longer kept; record it anew")
 
     def read(self, path, channels: int, missing: str):
@@ -180,25 +181,26 @@ class Studio:
                     return
 
     def music(self, job, wish):
-        model, duration = self.model, wish["duration"]
-        settings = {name: wish[name] for name in SETTINGS if wish[name] is not None}
-        melodies, prompt, classes = None, None, []
-        if wish["melody"] is not None:
-            melodies = [self.read_melody(wish["melody"])]
-            classes = pitch_classes(model.melody_chroma(melodies[0]))
-        if wish["notes"]:
-            melodies = [parse_notes(wish["notes"], wish["bpm"] or 120.0)]
-            classes = pitch_classes(melodies[0].chroma(model.config, duration))
+        model, prompt, before = self.model, None, 0.0
         if wish["continue"] is not None:
             earlier = wish["continue"]
-            prompt = self.read(self.folder / f"take_{earlier}.wav", model.config.channels,
-                               f"take {earlier} is no longer kept")
-            duration += prompt.shape[1] / model.sample_rate
-        waves = model.stream([wish["text"]], melodies, None, prompt, None, duration, CHUNK,
-                             seeds=[wish["seed"]], **settings)
+            wav = self.read(self.take_file(earlier), model.config.channels, f"take {earlier} is no longer kept")
+            prompt, before = model.encode_prompt(wav, None, 1), wav.shape[1] / model.sample_rate
+        args = self.flags(wish, before + wish["duration"])
+        chromas, classes = None, []
+        if args.notes or args.melody:
+            melody = self.folder / args.melody if args.melody else None
+            if melody and not melody.is_file():
+                raise UserError(f"melody {wish['melody']} is no longer kept; record it anew")
+            notes = notes_of(args.notes, None, args.bpm, None)
+            chromas = [melody_chroma(model, args, melody, notes, 0.0)]
+            classes = pitch_classes(chromas[0])[:math.ceil(args.duration / self.frame_seconds())]
+        settings = {name: wish[name] for name in SETTINGS if wish[name] is not None}
+        codes = model.stream_codes([wish["text"]], chromas, prompt, args.duration, [wish["seed"]], **settings)
+        waves = model.decode_stream(codes, args.duration, CHUNK)
         yield {"take": job.number, "sample_rate": model.sample_rate, "channels": model.config.channels,
-               "classes": classes, "frame": self.frame_seconds(), "duration": duration,
-               "continues_at": duration - wish["duration"]}
+               "classes": classes, "frame": self.frame_seconds(), "duration": args.duration,
+               "continues_at": before}
         pieces, finished = [], False
         try:
             for wave in waves:
@@ -211,19 +213,16 @@ class Studio:
                 finished = True
         finally:
             waves.close()
-            forgotten = self.keep(job, wish, duration, classes, pieces, finished) if pieces else []
+            forgotten = self.keep(job, wish, args, classes, pieces, finished) if pieces else []
         yield {"done": self.takes.get(job.number), "forgotten": forgotten}
 
-    def keep(self, job, wish, duration, classes, pieces, finished) -> list[int]:
+    def keep(self, job, wish, args, classes, pieces, finished) -> list[int]:
         """Makes a take of what was made, even of a part -> the numbers of takes that had to go for it."""
         wav, rate = torch.cat(pieces, dim=-1), self.model.sample_rate
-        out = self.folder / f"take_{job.number}.wav"
-        write_audio(out, wav, rate, self.tags(wish))
-        earlier = wish["continue"] and f"take_{wish['continue']}.wav"
-        melody = wish["melody"] and f"melody_{wish['melody']}.wav"
-        flags = {name: wish[name] for name in ("notes", "bpm", *SETTINGS)}
-        args = Namespace(checkpoint=self.checkpoint, duration=duration, prompt=earlier, **flags)
-        about = metadata(args, wish["text"], melody, wish["seed"], Path(out.name), self.model.config)
+        out = self.take_file(job.number)
+        write_audio(out, wav, rate, tags_of(args, wish["text"], wish["seed"]))
+        about = metadata(args, wish["text"], args.notes or args.melody, wish["seed"], Path(out.name),
+                         self.model.config)
         write_atomic(out.with_suffix(".json"), about.encode())
         take = {"take": job.number, "wish": wish, "seconds": wav.shape[1] / rate, "finished": finished,
                 "classes": classes, "frame": self.frame_seconds()}
@@ -234,13 +233,17 @@ class Studio:
                 oldest = next(iter(self.takes))
                 del self.takes[oldest]
                 for suffix in (".wav", ".json"):
-                    (self.folder / f"take_{oldest}{suffix}").unlink()
+                    self.take_file(oldest).with_suffix(suffix).unlink()
                 forgotten.append(oldest)
         return forgotten
 
-    def tags(self, wish) -> dict:
-        """What the files of a take say of themselves."""
-        return tags_of(Namespace(checkpoint=self.checkpoint, no_tags=False), wish["text"], wish["seed"])
+    def flags(self, wish, duration=None) -> Namespace:
+        """What the command line would be given for a wish: files of the studio are named without a folder."""
+        melody = None if wish["melody"] is None else self.melody_file(wish["melody"]).name
+        prompt = None if wish["continue"] is None else self.take_file(wish["continue"]).name
+        settings = {name: wish[name] for name in ("notes", "bpm", *SETTINGS)}
+        return Namespace(checkpoint=self.checkpoint, duration=duration, melody=melody, prompt=prompt, loop=False,
+                         stem=None, no_tags=False, **settings)
 
     def stop(self, number):
         with self.changed:
@@ -271,7 +274,10 @@ class Studio:
                     raise UserError(missing)
                 return path.read_bytes()
             wav = self.read(path, self.model.config.channels, missing)
-            tags = self.tags(self.takes[number]["wish"]) if name == "take" else {}
+            tags = {}
+            if name == "take" and number in self.takes:
+                wish = self.takes[number]["wish"]
+                tags = tags_of(self.flags(wish), wish["text"], wish["seed"])
             with tempfile.TemporaryDirectory() as folder:
                 converted = Path(folder) / f"{name}.{kind}"
                 write_audio(converted, wav, self.model.sample_rate, tags)
