@@ -113,7 +113,7 @@ def read_track(content: bytes, sounding, tempi, meters):
             value = value << 7 | byte & 127
             if byte < 128:
                 return value
-        raise AssertionError("a number has more than four bytes")
+        raise UserError("a track has a number of more than four bytes")
 
     while place < len(content):
         tick += number()
@@ -134,7 +134,8 @@ def read_track(content: bytes, sounding, tempi, meters):
                 meters.append((tick, (value[0], 2 ** min(value[1], 5))))
             continue
         kind, channel = status >> 4, status & 15
-        assert 8 <= kind < 15, f"a track begins with {status} in place of an event"
+        if not 8 <= kind < 15:
+            raise UserError(f"a track has {status} in place of an event")
         first = content[place]
         second = 0 if kind in (12, 13) else content[place + 1]
         place += 1 if kind in (12, 13) else 2

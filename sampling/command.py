@@ -255,8 +255,8 @@ def check_files(args, melodies, outs):
         return      # its configuration lies among the weights
     config, _ = read_config(directory)
     if any(melodies) and config.melody == "none":
-        raise UserError(f"{args.checkpoint} was trained on text only; leave out the melody, or take a melody "
-                        f"model")
+        raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody or --notes, or take a "
+                        f"melody model")
     for out in outs:
         check_format(out, config.sample_rate)
     if args.continue_from:
