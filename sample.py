@@ -153,9 +153,9 @@ class MusicGen:
                      **settings):
         """Descriptions and chromas ((M, Q) or None each) -> iterator of codes (B, K, t), see `stream_window`.
 
-        prompt: codes (B, K, T0) to continue, which come first. seeds: a number an item, which in float32 gives
-        it the same music alone and in a batch. settings: those of `Settings`, None and missing ones as in the
-        configuration. Raises UserError for what cannot be done.
+        prompt: codes (B, K, T0) to continue, which come first. seeds: a number an item, which in float32
+        gives it the same music alone and in a batch. settings: those of `Settings`, None and missing ones as
+        in the configuration. Raises UserError for what cannot be done.
         """
         descriptions = as_descriptions(descriptions)
         config = self.config

@@ -255,8 +255,8 @@ def check_files(args, melodies, outs):
         return      # its configuration lies among the weights
     config, _ = read_config(directory)
     if any(melodies) and config.melody == "none":
-        raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody or --notes, or take a "
-                        f"melody model")
+        raise UserError(f"{args.checkpoint} was trained on text only; leave out --melody or --notes, or take "
+                        f"a melody model")
     for out in outs:
         check_format(out, config.sample_rate)
     if args.continue_from:
@@ -269,12 +269,13 @@ def read_prompt(model, args, B: int):
         seconds = args.prompt_seconds or args.duration + 1      # of a recording that may last hours
         wav = read_audio(args.prompt, model.sample_rate, model.config.channels, args.prompt_from or 0.0,
                          seconds)
-        if wav.shape[-1] // model.config.stride >= model.frames(args.duration):
-            raise UserError(f"--prompt {args.prompt}: is as long as the duration of {args.duration:g} s, "
-                            f"which includes it, or longer; ask for more, or take a part of it with "
-                            f"--prompt_from and --prompt_seconds")
         with naming(f"--prompt {args.prompt}"):
-            return model.encode_prompt(wav, None, B)
+            codes = model.encode_prompt(wav, None, B)
+        if codes.shape[-1] >= model.frames(args.duration):
+            raise UserError(f"--prompt {args.prompt}: the duration {args.duration:g} s includes the prompt, "
+                            f"which is as long or longer; ask for more, or take a part of it with "
+                            f"--prompt_from and --prompt_seconds")
+        return codes
     if args.continue_from:
         return read_codes(args.continue_from, model.config).expand(B, -1, -1)
     return None

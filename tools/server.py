@@ -135,10 +135,11 @@ class Handler(BaseHTTPRequestHandler):
             body = file.getvalue()
         try:
             value = json.loads(body)
-            assert isinstance(value, dict)
-            return value
-        except (ValueError, RecursionError, AssertionError):
-            raise UserError("not a JSON object") from None
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise UserError("not a JSON object")
+        return value
 
     # --- what goes out ------------------------------------------------------------------------------------
 
