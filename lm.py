@@ -438,7 +438,6 @@ def demo():
         with shapes_only():
             lm = LMModel(load([str(Path(__file__).parent / name)]))
         print(f"  {name:18} {sum(p.numel() for p in lm.parameters()) / 1e9:.2f} B")
-
     config = Config(dim=64, num_heads=4, num_layers=3, card=32, t5="bytes", segment_duration=1.0)
     lm, T = LMModel(config).eval(), 20
     codes = torch.randint(config.card, (2, config.n_q, T))
@@ -453,7 +452,8 @@ def demo():
     error = (torch.cat(columns, 2) - full).abs().max()
     print(f"\ncodes {tuple(codes.shape)} -> sequence {tuple(sequence.shape)} -> logits {tuple(full.shape)}")
     print(f"column by column with the cache against all at once: largest difference {error:.1e}")
-    print(f"cross-entropy, untrained: {lm.loss(codes, conditions)[0]:.2f} (uniform: {math.log(config.card):.2f})")
+    loss = lm.loss(codes, conditions)[0]
+    print(f"cross-entropy, untrained: {loss:.2f} (uniform: {math.log(config.card):.2f})")
 
 
 if __name__ == "__main__":
