@@ -376,7 +376,7 @@ def test_a_loop_of_the_shipped_model_has_no_seam():
     """The join is one that the model played; what is faded is no worse than the inside."""
     model = MusicGen.from_pretrained(ROOT / "checkpoints" / "tiny", "cpu")
     notes, rate = parse_notes(TYPED, bpm=200), model.sample_rate
-    length = 2.4
+    length = 1.2        # s, a bar
     lead = lead_of(length, rate / model.config.hop)
     time = np.arange(80) * model.config.hop / rate
     chroma = notes.chroma_at(loop_times(time, lead, length), 12)
