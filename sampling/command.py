@@ -6,10 +6,12 @@ sample.py hands its class MusicGen over. If it were imported here, that file wou
 `__main__` and as `sample`.
 """
 import argparse
+import contextlib
 import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -20,6 +22,7 @@ from config import FIELDS
 from data.audio import check_format, check_recording, read_audio, write_audio
 from data.scores import is_notes
 from lm import LMModel
+from sampling.live import check_live, live_outputs
 from sampling.loading import DTYPES, codec_of
 from sampling.loops import lead_of, make_loop
 from sampling.melodies import notes_of, read_melodies, settle_duration
@@ -30,6 +33,7 @@ from system.errors import UserError, naming
 from system.files import check_writable, write_atomic
 
 PORT = 7860     # of --serve
+LIVE_CHUNK, FILE_CHUNK = 0.5, 3.0      # s that are decoded at once: to be heard soon, and with less overlap
 
 
 # --- flags ------------------------------------------------------------------------------------------------
@@ -83,7 +87,10 @@ def parse(MusicGen, argv):
     add("--checkpoint", default=str(DEFAULT_CHECKPOINT), metavar="X",
         help="directory or Hugging Face id (default: the shipped model)")
     add("--out", metavar="FILE",
-        help="wav, flac, ogg or mp3 (default: samples/TEXT.wav); a batch is numbered")
+        help="wav, flac, ogg or mp3 (default: samples/TEXT.wav); a batch is numbered; - is a WAV to stdout, "
+             "as it is made")
+    add("--raw", action="store_true", help="with --out -: float32 samples (little-endian) without a header")
+    add("--play", action="store_true", help="also play it while it is made (package sounddevice)")
     add("--duration", type=seconds, metavar="S", help="seconds, a prompt included (default 10)")
     add("--bars", type=count, metavar="N", help="the duration in bars, of --bpm or of the notes")
     add("--loop", action="store_true",
@@ -135,57 +142,91 @@ def main(MusicGen, argv):
     notes = [notes_of(*item, args.bpm, args.meter) for item in zip(typed, files)]
     settle_duration(args, notes, MusicGen.MAX_DURATION)
     seeds = [(args.seed or 0) + i for i in range(len(texts))]
+    check_live(args, len(texts))
     outs = output_names(args, texts)
     if args.page:
         from tools.page import page_path, write_page
         page = page_path(args.page, args.overwrite)
         check_writable(page)
-
     check_files(args, melodies, outs)
-    model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile)
-    tags = [tags_of(args, *item) for item in zip(texts, seeds)]
-    lead = lead_of(args.duration, model.sample_rate / model.config.hop) if args.loop else 0.0
-    chromas = read_melodies(model, args, melodies, notes, lead)
-    prompt = read_prompt(model, args, len(texts))
-    interrupted = catch_interrupt() if args.keep_partial else []
-    codes = generate_codes(model, args, texts, chromas, prompt, seeds, lead, interrupted)
-    wav = model.decode(codes, lead + args.duration)                         # (B, C, L)
+
+    with contextlib.ExitStack() as stack:
+        stdout = sys.stdout
+        if args.out == "-":     # nothing but sound goes there
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile)
+        lead = lead_of(args.duration, model.sample_rate / model.config.hop) if args.loop else 0.0
+        chromas = read_melodies(model, args, melodies, notes, lead)
+        prompt = read_prompt(model, args, len(texts))
+        live = [stack.enter_context(output) for output in live_outputs(args, model, stdout)]
+        interrupted = catch_interrupt() if args.keep_partial else []
+        take = make(model, args, texts, chromas, prompt, seeds, lead, live, interrupted)
+        if outs:
+            write_results(model, args, take, outs, texts, melodies, seeds)
+        if args.page:
+            write_page(page, outs, "python sample.py " + shlex.join(argv))
+            print(page)
+        if interrupted:
+            print(f"interrupted: the first {take.seconds:.2f} s are written", file=sys.stderr)
+            sys.exit(130)
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # all is there: playing may be cut short
+
+
+class Take(NamedTuple):
+    """What has been made; codes and waves only where files are to be written."""
+    seconds: float
+    codes: torch.Tensor | None      # (B, K, T)
+    wav: torch.Tensor | None        # (B, C, L)
+
+
+def make(model, args, texts, chromas, prompt, seeds, lead: float, live: list, interrupted: list) -> Take:
+    """Makes what the flags ask for, with a bar; `live` is given the waves as they come.
+
+    Ends early, with what is whole, once `interrupted` holds something. Raises UserError if that is nothing.
+    """
+    duration = exact = lead + args.duration
+    if args.bars or args.loop:      # these are exact: no frame less, where they end within one
+        duration += 1 / model.frame_rate
+    codes = model.stream_codes(texts, chromas, prompt, duration, seeds, guidance=args.guidance,
+                               temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                               two_step=args.two_step)
+    to_file = args.out != "-"       # else memory need not hold what is gone
+    made, waves, samples = [], [], 0
+    with tqdm(total=model.frames(duration), unit="frame", desc="sampling") as bar:
+        def noted():
+            for new in codes:
+                bar.update(new.shape[-1])
+                if to_file:
+                    made.append(new.cpu())
+                yield new
+                if interrupted:
+                    return
+        for wav in model.decode_stream(noted(), exact, LIVE_CHUNK if live else FILE_CHUNK):
+            for output in live:
+                output.write(wav[0])
+            if to_file:
+                waves.append(wav)
+            samples += wav.shape[-1]
+    if not samples:
+        raise UserError("interrupted before the first frame was whole: nothing is written")
+    seconds = samples / model.sample_rate
+    if not to_file:
+        return Take(seconds, None, None)
+    wav = torch.cat(waves, dim=-1)
     if args.loop:
         wav = torch.stack([make_loop(item, model.sample_rate, lead, args.duration)[0] for item in wav])
+    return Take(seconds, torch.cat(made, dim=-1), wav)
+
+
+def write_results(model, args, take: Take, outs, texts, melodies, seeds):
+    """Writes the files of each item, audio, codes and JSON, and prints the names."""
     for i, out in enumerate(outs):
-        write_audio(out, wav[i], model.sample_rate, tags[i])
+        write_audio(out, take.wav[i], model.sample_rate, tags_of(args, texts[i], seeds[i]))
         if args.save_codes:
-            write_codes(out.with_suffix(".npz"), codes[i])
+            write_codes(out.with_suffix(".npz"), take.codes[i])
         about = metadata(args, texts[i], melodies[i], seeds[i], out, model.config)
         write_atomic(out.with_suffix(".json"), about.encode())
         print(out)
-    if args.page:
-        write_page(page, outs, "python sample.py " + shlex.join(argv))
-        print(page)
-    if interrupted:
-        seconds = wav.shape[-1] / model.sample_rate
-        print(f"interrupted: the first {seconds:.2f} s are written", file=sys.stderr)
-        sys.exit(130)
-
-
-def generate_codes(model, args, texts, chromas, prompt, seeds, lead: float, interrupted):
-    """The codes (B, K, T) that the flags ask for, or up to Ctrl-C with --keep_partial."""
-    duration = lead + args.duration
-    if args.bars or args.loop:      # these are exact: no frame less, where they end within one
-        duration += 1 / model.frame_rate
-    pieces = []
-    with tqdm(total=model.frames(duration), unit="frame", desc="sampling") as bar:
-        for new in model.stream_codes(texts, chromas, prompt, duration, seeds, guidance=args.guidance,
-                                      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                      two_step=args.two_step):
-            pieces.append(new)
-            bar.update(new.shape[-1])
-            if interrupted:
-                break
-    codes = torch.cat(pieces, dim=-1).cpu()
-    if not codes.shape[-1]:
-        raise UserError("interrupted before the first frame was whole: nothing is written")
-    return codes
 
 
 def serve_page(MusicGen, args):
@@ -233,7 +274,8 @@ def pair(texts, melodies):
 def check_together(args):
     """Raises UserError for flags that exclude or need each other; settle_duration has more."""
     for one, other in (("prompt", "continue_from"), ("melody", "notes"), ("loop", "prompt"),
-                       ("loop", "continue_from"), ("loop", "save_codes"), ("loop", "keep_partial")):
+                       ("loop", "continue_from"), ("loop", "save_codes"), ("loop", "keep_partial"),
+                       ("loop", "play")):
         if getattr(args, one) and getattr(args, other):
             raise UserError(f"--{one} and --{other}: give one of the two")
     for flag in ("prompt_from", "prompt_seconds"):

@@ -26,7 +26,7 @@ from system.files import write_atomic
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "tiny"
 # flags of sampling, and the keys of the configuration that are their defaults
 SETTINGS = {"guidance": "cfg_coef", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
-NOT_SETTINGS = "text melody notes seed out page overwrite keep_partial".split()
+NOT_SETTINGS = "text melody notes seed out page overwrite keep_partial play".split()
 MAX_UNPACKED = 2 ** 28      # bytes of a file of codes: hours of music
 
 
@@ -37,6 +37,8 @@ def output_names(args, texts) -> list[Path]:
 
     Raises UserError for a format that is not known, and for a file that exists unless --overwrite is given.
     """
+    if args.out == "-":
+        return []
     if not args.out:
         names = []
         for text in texts:
