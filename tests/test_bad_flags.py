@@ -415,7 +415,7 @@ def test_the_commands_themselves(world, tmp_path):
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def end(process) -> Result:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=600)
         return Result(process.returncode, out, err, 0.0)
     good, bad = begin("--out", "1.wav"), begin("--melody", "bad.wav")
     worked(sampling(world, *argv, "--out", "2.wav", cwd=tmp_path))
