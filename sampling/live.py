@@ -36,7 +36,7 @@ def check_live(args, items: int):
 
 
 def live_outputs(args, model, stdout) -> list:
-    """The outputs that the flags ask for, as contexts. stdout: where the shell's is, though it is redirected."""
+    """The outputs that the flags ask for, as contexts. stdout: the shell's, though it may be redirected."""
     rate, channels, outputs = model.sample_rate, model.config.channels, []
     if args.out == "-":
         outputs.append(Pipe(stdout.buffer, rate, channels, args.raw))

@@ -3,6 +3,7 @@
     python tests/bench.py                   # every row: half an hour on two cores with nothing else running
     python tests/bench.py --quick           # fewer sizes and repetitions, two minutes
     python tests/bench.py decode codec      # some: decode clip codec prepare chroma train optimizer ema start
+                                            # first_sound
     python tests/bench.py decode --shapes "1.5 B" --dtypes bf16 int8 --contexts 300
 
 Prints a Markdown table. Every row is measured in this run: ours and its peer called in turn, once to warm up,
@@ -16,6 +17,7 @@ import argparse
 import ctypes
 import dataclasses
 import gc
+import itertools
 import multiprocessing
 import statistics
 import subprocess
@@ -39,7 +41,7 @@ from config import Config
 from data.prepare import Preparer
 from encodec import EncodecModel
 from lm import LMModel, codebook_cross_entropy
-from sample import generate
+from sample import MusicGen, Settings, stream_window
 from speed import optimize_codec, optimize_for_cpu, optimize_training
 from speed.products import product
 from system.command import disable_malloc_trim
@@ -186,11 +188,9 @@ def times_of_ours(lm, context: int, frames: int) -> list[float]:
     times = [time.perf_counter()]
     conditions = prefix_of(0.1 * torch.randn(2, PREFIX, lm.config.dim))
     prompt = torch.randint(lm.config.card, (1, 4, T))
-
-    def stamp(done, columns):
+    columns = stream_window(lm, [conditions], T + frames + 1, [0], prompt, Settings())
+    for _ in itertools.islice(columns, frames):
         times.append(time.perf_counter())
-        return done >= frames
-    generate(lm, [conditions], T + frames + 1, [0], prompt, progress=stamp)
     return [b - a for a, b in zip(times, times[1:])]
 
 
@@ -496,8 +496,53 @@ def start(args, limit):
         row("start of sample.py to the first frame", duration, unit="s")
 
 
+def music_in_time(shape: str, dtype: str, duration: float) -> tuple[float, float, float]:
+    """Behind a melody, in chunks of 0.5 s.
+
+    -> seconds to the first sound, seconds of music made in one second, bytes that a whole stream adds
+    """
+    disable_malloc_trim()
+    if shape == "shipped":
+        model = MusicGen.from_pretrained(ROOT / "checkpoints/tiny", "cpu", dtype)
+    else:
+        codec = optimize_codec(random_codec().fold(), torch.bfloat16)
+        model = MusicGen(language_model(shape, getattr(torch, dtype)), codec)
+    chroma = torch.eye(12)[torch.arange(model.config.chroma_frames) // 20 % 12]
+    rates = []
+
+    def waves():
+        codes = model.stream_codes(["a slow flute tune"], [chroma], None, duration)
+        return model.decode_stream(codes, duration)
+
+    def whole():
+        begun = time.perf_counter()
+        for _ in waves():
+            pass
+        rates.append(duration / (time.perf_counter() - begun))
+    first, = seconds(lambda: next(waves()))
+    memory = peak(whole)
+    return first, rates[0], memory
+
+
+def first_sound(args, limit):
+    """The first half second of music: with the model loaded, and from the shell, down a pipe."""
+    for shape, dtype in (("shipped", "float32"), ("shipped", "int8"), ("300 M", "int8")):
+        first, rate, memory = alone(music_in_time, shape, dtype, 10.0 if args.quick else 60.0)
+        row(f"first sound after the call, {shape}, {dtype}, behind a melody", first, unit="s")
+        row(f"music as it is made, {shape}, {dtype}", rate, unit="s/s", memory=[memory])
+    command = [sys.executable, "sample.py", "--text", "a slow flute tune", "--out", "-", "--raw"]
+
+    def sample():
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+            process.stdout.read(1)
+            process.stdout.close()
+    duration, = seconds(sample, runs=1 if args.quick else 5)
+    row("first sound from the shell, shipped", duration, unit="s")
+
+
 ROWS = {"decode": decode, "clip": clip, "codec": codec, "prepare": prepare, "chroma": chroma, "train": train,
-        "optimizer": optimizer, "ema": ema, "start": start}
+        "optimizer": optimizer, "ema": ema, "start": start, "first_sound": first_sound}
 
 
 def parse():
