@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from browser import CHROMIUM, Browser
-from commands import command, sample_main, worked
+from commands import command, refused, sample_main, worked
 from config import Config
 from constants import LM, RATE, tone
 from encodec import EncodecModel
@@ -83,7 +83,7 @@ class running:
             return [json.loads(line) for line in answer]
 
     def begin(self, wish):
-        """A wish until its first sound, or its place in the queue is told -> connection, answer, last event."""
+        """A wish until its first sound or its place in the queue -> connection, answer, last event."""
         connection, answer = self.ask("POST", "/play", wish)
         for line in answer:
             event = json.loads(line)
@@ -107,7 +107,7 @@ def recording(seconds=0.6, frequency=440.0, rate=RATE) -> bytes:
 # --- who may ask, and for what ----------------------------------------------------------------------------
 
 def test_the_page_loads_nothing_from_elsewhere(server):
-    for path in ("/", "/serve.css", "/serve.js"):
+    for path in ("/", "/page.css", "/page.js", "/pictures.js"):
         connection, answer = server.ask("GET", path)
         with closing(connection):
             text = answer.read().decode()
@@ -134,9 +134,9 @@ def test_this_machine_may_ask_through_any_port(server, host):
     assert server.get("/about", Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")[0] == 200
 
 
-@pytest.mark.parametrize("path", ["/../sample.py", "/serve.html", "/server.py", "//etc/passwd", "/take/1.py",
-                                  "/take/../take_1.json", "/take/%2e%2e/x.wav", "/take/-1.wav", "/take/1.wav/",
-                                  "/take/99.wav", "/melody/1.flac", "/take/1", "/?x"])
+@pytest.mark.parametrize("path", [
+    "/../sample.py", "/index.html", "/../server.py", "//etc/passwd", "/take/1.py", "/take/../take_1.json",
+    "/take/%2e%2e/x.wav", "/take/-1.wav", "/take/1.wav/", "/take/99.wav", "/melody/1.flac", "/take/1", "/?x"])
 def test_no_path_leads_anywhere_else(server, path):
     assert server.get(path)[0] == 404
     assert server.post(path, SHORT)[0] == 404
@@ -147,6 +147,17 @@ def test_only_this_machine_is_listened_to(server):
     with pytest.raises(UserError, match="port"):
         with open_server(None, "x", server.address[1]):
             pass
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--text", "x"], "--text"), (["--duration", "3"], "--duration"), (["--out", "x.wav"], "--out")])
+def test_what_the_page_asks_for_is_no_flag(flags, named):
+    refused(command(sample_main, "--serve", *flags), "--serve", named, "the page")
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "x", "1.5"])
+def test_a_port_is_a_number(port):
+    refused(command(sample_main, f"--serve={port}"), "--serve")
 
 
 # --- melodies ---------------------------------------------------------------------------------------------
@@ -208,13 +219,13 @@ def sound(events) -> np.ndarray:
 def test_music_comes_in_pieces_and_is_kept(server, model, tmp_path, monkeypatch):
     """What is heard is what is saved in every format, and what the command in the JSON makes."""
     number = server.post("/melody", recording())[1]["melody"]
-    wish = {"text": EVIL, "melody": number, "duration": 1.2, "seed": 5, "guidance": 2, "top_k": 7}
+    wish = {"text": EVIL, "melody": number, "duration": 0.6, "seed": 5, "guidance": 2, "top_k": 7}
     events = server.play(wish)
     begun, done = events[1], events[-1]["done"]
     assert events[0] == {"job": 1, "queue": 0} and begun["take"] == 1 and len(begun["classes"]) > 5
     assert sum("audio" in event for event in events) > 1
     heard = sound(events)
-    assert len(heard) == 1.2 * RATE and done["finished"] and done["seconds"] == 1.2
+    assert len(heard) == 0.6 * RATE and done["finished"] and done["seconds"] == 0.6
     for kind in ("flac", "ogg", "mp3", "wav"):
         content = server.get(f"/take/1.{kind}")[1]
         with soundfile.SoundFile(io.BytesIO(content)) as file:
@@ -337,6 +348,14 @@ NAMELESS = """[...document.querySelectorAll("button, input, a, audio, summary, c
   .map(e => e.outerHTML)"""
 
 
+def record_hum(browser):
+    browser.click("#record")
+    browser.wait("/Done, (0.[6-9]|[1-9])/.test(document.getElementById('record').textContent)")
+    browser.click("#record")
+    browser.wait(f"{STATUS}.startsWith('Melody ready')")
+    assert browser.text("#melody-name").startswith("your recording, ")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome here; apt-get install chromium")
 def test_in_a_browser(words_model, world, tmp_path):
     """Records a hum, plays what is made of it, stops, saves, compares, refuses a text file."""
@@ -350,11 +369,7 @@ def test_in_a_browser(words_model, world, tmp_path):
         assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
         assert browser.run(NAMELESS) == []
 
-        browser.click("#record")        # the microphone
-        browser.wait("/Done, (0.[6-9]|[1-9])/.test(document.getElementById('record').textContent)")
-        browser.click("#record")
-        browser.wait(f"{STATUS}.startsWith('Melody ready')")
-        assert browser.text("#melody-name").startswith("your recording, ")
+        record_hum(browser)
         classes = server.post("/melody", server.get("/melody/1.wav")[1])[1]["classes"]
         assert max(set(classes), key=classes.count) == 9        # A, as it was hummed
 

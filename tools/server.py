@@ -5,7 +5,7 @@
     POST /melody    a recording            -> its number, seconds and pitch classes
     POST /play      a wish, as JSON        -> lines of JSON as they come: place in the queue, sound, the take
     POST /stop      {"job": number}        -> what is made till then becomes a take
-    GET  /takes, /take/7.wav, /melody/3.wav, /about, and the page: serve.html, serve.css, serve.js
+    GET  /takes, /take/7.wav, /melody/3.wav, /about, and the page, whose files are in serve/
 
 Only this machine reaches it: it listens on the loopback address, and refuses requests that a page from
 elsewhere makes a browser send (by Host, Origin and Sec-Fetch-Site). Recordings are bounded and read as audio
@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import re
+import signal
 import sys
 import tempfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,9 +27,10 @@ from pathlib import Path
 from system.errors import UserError
 from tools.studio import Studio, check_wish
 
-LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?")      # what Host may be; any port: it may be forwarded
-STATIC = {"/": ("serve.html", "text/html"), "/serve.css": ("serve.css", "text/css"),
-          "/serve.js": ("serve.js", "text/javascript")}
+LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?")     # Host; any port, as it may be forwarded
+PAGE = Path(__file__).parent / "serve"
+STATIC = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"),
+          "/page.js": ("page.js", "text/javascript"), "/pictures.js": ("pictures.js", "text/javascript")}
 KINDS = {"wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg", "mp3": "audio/mpeg",
          "json": "application/json"}
 FILE = re.compile(r"/(take|melody)/([0-9]{1,9})\.(wav|flac|ogg|mp3|json)")
@@ -57,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path in STATIC:
             name, kind = STATIC[self.path]
-            content = (Path(__file__).parent / name).read_bytes()
+            content = (PAGE / name).read_bytes()
             self.answer(200, content, f"{kind}; charset=utf-8")
         elif self.path == "/about":
             self.answer_json(200, self.studio.about())
@@ -144,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
     # --- what goes out ------------------------------------------------------------------------------------
 
     def play(self, wish: dict):
-        """Answers with the events of a wish, a line of JSON each, as they come. A closed tab ends the work."""
+        """Answers with the events of a wish as they come, a line of JSON each. A closed tab ends the work."""
         events = self.studio.play(wish)
         first = next(events)        # a full queue is told before the answer begins
         self.send_response(200)
@@ -209,7 +211,8 @@ def open_server(model, checkpoint, port: int):
 
 
 def serve(model, checkpoint, port: int):
-    """Serves the page until Ctrl-C."""
+    """Serves the page until Ctrl-C, or until it is told to end, which leaves no files behind either."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with open_server(model, checkpoint, port) as server:
         host, port = server.server_address
         print(f"http://{host}:{port}    Ctrl-C ends it; save the takes that you want to keep", flush=True)

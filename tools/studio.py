@@ -43,7 +43,8 @@ def check_wish(wish) -> dict:
         raise UserError("a wish is a JSON object")
     unknown = set(wish) - set(NUMBERS) - set(TEXTS)
     if unknown:
-        raise UserError(f"{sorted(unknown)[0]!r:.40}: no wish has this; known are {', '.join(NUMBERS | TEXTS)}")
+        known = ", ".join(NUMBERS | TEXTS)
+        raise UserError(f"{sorted(unknown)[0]!r:.40}: no wish has this; known are {known}")
     checked = {}
     for name, longest in TEXTS.items():
         text = wish.get(name) or None
@@ -99,9 +100,9 @@ class Studio:
         words = config.t5_words.split() if config.t5 == "words" else None
         shipped = self.checkpoint == str(DEFAULT_CHECKPOINT)
         settings = {flag: getattr(config, key) for flag, key in SETTINGS.items()}
-        return {"checkpoint": "the shipped model" if shipped else self.checkpoint, "text": config.text != "none", "words": words,
-                "melody": config.melody != "none", "sample_rate": self.model.sample_rate,
-                "settings": settings, "longest": MAX_DURATION}
+        return {"checkpoint": "the shipped model" if shipped else self.checkpoint,
+                "text": config.text != "none", "words": words, "melody": config.melody != "none",
+                "sample_rate": self.model.sample_rate, "settings": settings, "longest": MAX_DURATION}
 
     # --- melodies -----------------------------------------------------------------------------------------
 
@@ -169,7 +170,7 @@ class Studio:
                 self.changed.notify_all()
 
     def wait(self, job):
-        """Yields the job's place in the queue until it is the first, twice a second: so a closed tab shows."""
+        """Yields the job's place in the queue, twice a second, until it is the first."""
         def is_due():
             return self.queue[0] is job or job.stopped
         while True:
@@ -184,7 +185,8 @@ class Studio:
         model, prompt, before = self.model, None, 0.0
         if wish["continue"] is not None:
             earlier = wish["continue"]
-            wav = self.read(self.take_file(earlier), model.config.channels, f"take {earlier} is no longer kept")
+            missing = f"take {earlier} is no longer kept"
+            wav = self.read(self.take_file(earlier), model.config.channels, missing)
             prompt, before = model.encode_prompt(wav, None, 1), wav.shape[1] / model.sample_rate
         args = self.flags(wish, before + wish["duration"])
         chromas, classes = None, []
@@ -242,8 +244,8 @@ class Studio:
         melody = None if wish["melody"] is None else self.melody_file(wish["melody"]).name
         prompt = None if wish["continue"] is None else self.take_file(wish["continue"]).name
         settings = {name: wish[name] for name in ("notes", "bpm", *SETTINGS)}
-        return Namespace(checkpoint=self.checkpoint, duration=duration, melody=melody, prompt=prompt, loop=False,
-                         stem=None, no_tags=False, **settings)
+        return Namespace(checkpoint=self.checkpoint, duration=duration, melody=melody, prompt=prompt,
+                         loop=False, stem=None, no_tags=False, **settings)
 
     def stop(self, number):
         with self.changed:

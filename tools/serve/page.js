@@ -2,12 +2,8 @@
 "use strict";
 
 const find = id => document.getElementById(id);
-const NOTES = "C C# D D# E F F# G G# A A# B".split(" ");
-const ROWS = 75, LOWEST = 60, HIGHEST = 6000;       // of the spectrogram: rows, Hz; even in mel
-const LOUDEST = -15, FLOOR = -75;                   // dB that are brightest and black
-const HEAT = [[0, 0, 4], [40, 17, 89], [114, 31, 129], [183, 55, 121], [241, 96, 93], [254, 176, 120],
-  [252, 253, 191]];
 const SETTINGS = ["guidance", "temperature", "top_k", "top_p"];
+const FILLERS = "a an the and with in of tune".split(" ");      // not told to be unknown
 const RESERVE = 2;          // seconds
 const QUIET = 0.01;         // of the loudest sample: what is below at both ends of a recording is cut off
 
@@ -54,88 +50,6 @@ function guarded(action) {      // its error is told on the page
     try { return await action(...given) } catch (error) { complain(error.message) }
   };
 }
-
-
-// --- pictures --------------------------------------------------------------------------------------------
-
-function heat(share) {
-  const place = Math.max(0, Math.min(0.999, share)) * (HEAT.length - 1), i = Math.floor(place);
-  return HEAT[i].map((low, band) => low + (HEAT[i + 1][band] - low) * (place - i));
-}
-
-// Loudness of each row in dB: the samples around a place, compared with a wave of each row's pitch.
-function loudness(rate) {
-  const mel = hz => Math.log(1 + hz / 700), length = 2 ** Math.round(Math.log2(rate * 0.064)), rows = [];
-  const window = Float32Array.from({ length }, (_, n) => 0.5 - 0.5 * Math.cos(2 * Math.PI * n / length));
-  for (let row = 0; row < ROWS; row++) {
-    const share = (ROWS - 1 - row) / (ROWS - 1);
-    const hz = 700 * (Math.exp(mel(LOWEST) + share * (mel(HIGHEST) - mel(LOWEST))) - 1);
-    const angle = n => 2 * Math.PI * hz * n / rate;
-    rows.push([window.map((w, n) => w * Math.cos(angle(n))), window.map((w, n) => w * Math.sin(angle(n)))]);
-  }
-  return (samples, at) => rows.map(([cosines, sines]) => {
-    let re = 0, im = 0;
-    const start = at - length / 2, from = Math.max(0, -start), to = Math.min(length, samples.length - start);
-    for (let n = from; n < to; n++) {
-      re += samples[start + n] * cosines[n];
-      im += samples[start + n] * sines[n];
-    }
-    return 10 * Math.log10(16 * (re * re + im * im) / (length * length) + 1e-10);
-  });
-}
-
-function drawClasses(context, classes, frame, x, time, top, height) {     // one column of pitch classes
-  const pitch = classes[Math.floor(time / frame) % classes.length];
-  context.fillStyle = "#f1eee6";
-  context.fillRect(x, top, 1, 12 * height);
-  if (pitch < 0) return;
-  context.fillStyle = "#c8503c";
-  context.fillRect(x, top + (11 - pitch) * height, 1, height);
-}
-
-function describe(classes) {        // for those who do not see the picture
-  const names = classes.filter((pitch, i) => pitch >= 0 && pitch !== classes[i - 1]).map(pitch => NOTES[pitch]);
-  return names.slice(0, 60).join(" ") + (names.length > 60 ? " …" : "");
-}
-
-function drawMelody(given) {
-  const canvas = find("melody-picture"), width = canvas.width = Math.min(1000, 4 * given.classes.length);
-  canvas.height = 12;
-  const context = canvas.getContext("2d"), span = given.classes.length * given.frame;
-  for (let x = 0; x < width; x++) drawClasses(context, given.classes, given.frame, x, x / width * span, 0, 1);
-  canvas.setAttribute("aria-label", `Pitch classes of the melody, C at the bottom: ${describe(given.classes)}`);
-}
-
-// The music's spectrogram over the pitch classes that were asked for; it grows with the samples.
-class Picture {
-  constructor(rate, duration, classes, frame) {
-    Object.assign(this, { rate, duration, classes, frame, drawn: 0, loudness: loudness(rate) });
-    const canvas = find("music-picture");
-    canvas.width = Math.max(100, Math.min(1000, Math.round(duration * 50)));
-    canvas.height = 2 * ROWS + (classes.length ? 72 : 0);
-    this.context = canvas.getContext("2d");
-    const tune = classes.length ? ` and the melody asked for: ${describe(classes)}` : "";
-    canvas.setAttribute("aria-label", `Spectrogram of the music${tune}`);
-    document.querySelector(".legend").textContent = `spectrogram, ${LOWEST} Hz to ${HIGHEST / 1000} kHz` +
-      (classes.length ? "; below it the melody asked for, C at the bottom, B on top" : "");
-    find("music").hidden = false;
-  }
-  grow(samples) {
-    const width = this.context.canvas.width;
-    const end = Math.min(width, Math.floor(samples.length / this.rate / this.duration * width + 1e-6));
-    for (; this.drawn < end; this.drawn++) {
-      const time = (this.drawn + 0.5) / width * this.duration;
-      this.loudness(samples, Math.floor(time * this.rate)).forEach((decibels, row) => {
-        this.context.fillStyle = `rgb(${heat((decibels - FLOOR) / (LOUDEST - FLOOR))})`;
-        this.context.fillRect(this.drawn, 2 * row, 1, 2);
-      });
-      if (this.classes.length)
-        drawClasses(this.context, this.classes, this.frame, this.drawn, time, 2 * ROWS, 6);
-    }
-  }
-}
-
-function movePlayhead(share) { find("playhead").style.left = `${100 * Math.max(0, Math.min(1, share))}%` }
 
 
 // --- the melody ------------------------------------------------------------------------------------------
@@ -204,15 +118,18 @@ async function record() {
   if (asking) return;                       // the browser asks whether the microphone may be used
   stop();
   asking = true;
-  const raw = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };  // made for speech
+  // these are made for speech, and take a held tone for noise
+  const raw = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
   const stream = await navigator.mediaDevices.getUserMedia({ audio: raw }).catch(error => {
     throw new Error(`the microphone cannot be used (${error.message})`);
   }).finally(() => { asking = false });
   const pieces = [], began = performance.now();
   recorder = new MediaRecorder(stream);
   recorder.ondataavailable = event => pieces.push(event.data);
-  const clock = setInterval(() => { label.textContent = `Done, ${seconds((performance.now() - began) / 1000)}` },
-    100), label = find("record").lastElementChild;
+  const label = find("record").lastElementChild;
+  const clock = setInterval(() => {
+    label.textContent = `Done, ${seconds((performance.now() - began) / 1000)}`;
+  }, 100);
   recorder.onstop = guarded(async () => {
     clearInterval(clock);
     stream.getTracks().forEach(track => track.stop());
@@ -256,9 +173,10 @@ class Sound {               // pieces of music, played one after the other
     if (place + piece.duration > this.skip) this.waiting.push([piece, Math.max(0, this.skip - place)]);
     this.scheduleAll(RESERVE);
   }
-  scheduleAll(reserve) {    // a model slower than the music runs dry: it goes on with that many seconds at hand
+  scheduleAll(reserve) {    // when the model was too slow, the music goes on with so many seconds at hand
     const isDry = this.sources.length && this.end < speaker.currentTime;
     const seconds = this.waiting.reduce((sum, [piece]) => sum + piece.duration, 0);
+    this.isSlow ||= isDry;
     if (isDry && seconds < reserve) return;
     for (const [piece, skip] of this.waiting.splice(0)) this.schedule(piece, skip);
   }
@@ -274,7 +192,10 @@ class Sound {               // pieces of music, played one after the other
     this.sources.push(source);
     this.end = at + piece.duration - skip;
   }
-  get time() { return this.sources.length ? speaker.currentTime - this.start : this.skip }
+  get time() {
+    if (!this.sources.length) return this.skip;
+    return Math.min(speaker.currentTime - this.start, this.samples.length / this.rate);
+  }
   get isOver() { return speaker.currentTime >= this.end }
   silence() { this.sources.forEach(source => source.stop()) }
 }
@@ -325,6 +246,7 @@ async function play(wish) {
           say(`Playing; the first sound came after ${(mine.firstSound / 1000).toFixed(2)} s.`);
           requestAnimationFrame(() => follow(mine));
         }
+        if (mine.sound.isSlow) say("Playing with pauses: the model is slower than the music here.");
         picture.grow(mine.sound.samples);
       }
       if ("done" in event) {
@@ -356,7 +278,8 @@ function finish(mine, take) {
   making = null;
   find("stop").disabled = true;
   if (!take) return say("Stopped.");
-  say(take.finished ? `Take ${take.take} is ready.` : `Stopped; take ${take.take} has ${seconds(take.seconds)}.`);
+  const part = `Stopped; take ${take.take} has ${seconds(take.seconds)}.`;
+  say(take.finished ? `Take ${take.take} is ready.` : part);
   show(take.take, false);
 }
 
@@ -395,7 +318,8 @@ function addTake(take) {
     actions.append(mark);
   }
   actions.append(
-    button("Continue", `Continue take ${n}`, guarded(() => play({ ...wish, ...lengthAndSeed(), continue: n }))),
+    button("Continue", `Continue take ${n}`,
+      guarded(() => play({ ...wish, ...lengthAndSeed(), continue: n }))),
     button("Another seed", `Take ${n} again with another seed`,
       guarded(() => play({ ...wish, seed: randomSeed() }))));
   const links = element("div", "Save: ", { class: "links" });
@@ -403,8 +327,8 @@ function addTake(take) {
     links.append(element("a", kind, { href: `take/${n}.${kind}`, download: `take_${n}.${kind}`,
       "aria-label": `Save take ${n} as ${kind}` }));
   if (wish.melody !== null)
-    links.append(element("a", "melody", { href: `melody/${wish.melody}.wav`, download: `melody_${wish.melody}.wav`,
-      "aria-label": `Save the melody of take ${n}` }));
+    links.append(element("a", "melody", { href: `melody/${wish.melody}.wav`,
+      download: `melody_${wish.melody}.wav`, "aria-label": `Save the melody of take ${n}` }));
   item.append(element("b", title(wish)), element("p", facts.join(" · ")), actions, links);
   find("takes").prepend(item);
 }
@@ -415,7 +339,7 @@ function forget(numbers) {
     find(`take-${n}`)?.remove();
   }
   if (numbers.length)
-    find("notice").textContent = `Only so many takes are kept: forgotten to make room: ${numbers.join(", ")}.`;
+    find("notice").textContent = `Only so many takes are kept. Gone to make room: ${numbers.join(", ")}.`;
 }
 
 let source = "", asked = 0;
@@ -449,8 +373,8 @@ function markAs(side, number) {
     mark.setAttribute("aria-pressed", String(mark.closest("li").id === `take-${number}`));
   const { A, B } = marked;
   find("compare").hidden = A === null || B === null;
-  find("compare").firstElementChild.textContent = `Compare take ${A} (A) with take ${B} (B): Switch, or key x, goes `
-    + "to the same place of the other";
+  find("compare").firstElementChild.textContent =
+    `Compare take ${A} (A) with take ${B} (B): Switch, or key x, goes to the same place of the other`;
 }
 
 function switchSides() {
@@ -473,7 +397,8 @@ function lengthAndSeed() {
 
 function wishOfForm() {
   const wish = { text: find("text").value.trim() || null, ...lengthAndSeed() };
-  if (find("notes").value.trim()) Object.assign(wish, { notes: find("notes").value.trim(), bpm: number("bpm") });
+  const notes = find("notes").value.trim();
+  if (notes) Object.assign(wish, { notes, bpm: number("bpm") });
   else if (melody) wish.melody = melody.number;
   for (const name of SETTINGS) wish[name] = number(name);
   return wish;
@@ -483,16 +408,17 @@ const wordsOf = text => text.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? [];
 
 function showWords() {              // which chips are in the text, and what the model does not know of it
   const used = new Set(wordsOf(find("text").value));
-  for (const chip of find("chips").children) chip.setAttribute("aria-pressed", String(used.has(chip.textContent)));
+  for (const chip of find("chips").children)
+    chip.setAttribute("aria-pressed", String(used.has(chip.textContent)));
   if (!about.words) return;
-  const unknown = [...used].filter(word => !about.words.includes(word) && !["a", "an", "the", "and", "with", "in",
-    "of", "tune"].includes(word));
+  const unknown = [...used].filter(word => !about.words.includes(word) && !FILLERS.includes(word));
   find("unknown").textContent = unknown.length ? `This model does not know: ${unknown.join(", ")}` : "";
 }
 
 function toggleWord(word) {
   const text = find("text"), words = wordsOf(text.value);
-  if (words.includes(word)) text.value = text.value.split(/\s+/).filter(w => wordsOf(w)[0] !== word).join(" ");
+  const others = text.value.split(/\s+/).filter(other => wordsOf(other)[0] !== word);
+  if (words.includes(word)) text.value = others.join(" ");
   else text.value = `${text.value.trim()} ${word}`.trim();
   showWords();
 }
@@ -514,7 +440,8 @@ async function begin() {
   }
   for (const name of SETTINGS) {
     const label = element("label", name.replace("_", " ") + " ");
-    label.append(element("input", "", { type: "number", id: name, step: "any", placeholder: about.settings[name] }));
+    label.append(element("input", "", { type: "number", id: name, step: "any",
+      placeholder: about.settings[name] }));
     find("settings").append(label);
   }
   showWords();
