@@ -49,11 +49,11 @@ def commands_of(text: str) -> list[str]:
     lines += re.findall(r"`((?:python|torchrun|pip|git) [^`]+)`", text)
     found = set()
     for line in lines:
-        parts = [line] if " -c " in line else line.split("&&")
+        parts = [line] if "python -c " in line else line.split("&&")
         for part in parts:
             part = re.sub(r"\s+# .*", "", part)
             part = part.strip().removeprefix("uv run --with-requirements requirements.txt ")
-            part = " ".join(part.split()) if " -c " not in part else part.strip()
+            part = " ".join(part.split()) if "python -c " not in part else part.strip()
             # a program and what it runs, not `torchrun --nproc_per_node=2` alone
             if re.match(r"(\w+/bin/)?((pip|git) |(python|torchrun) .*(\.py|-[mc])\b)", part):
                 found.add(part)
@@ -61,7 +61,7 @@ def commands_of(text: str) -> list[str]:
 
 
 COMMANDS = sorted({line for text in TEXTS.values() for line in commands_of(text)})
-EXPERIMENTS = [line for line in COMMANDS if " -c " in line]
+EXPERIMENTS = [line for line in COMMANDS if "python -c " in line]
 
 
 def section(text: str, title: str) -> str:
@@ -169,6 +169,7 @@ def check_paths(words: list[str]):
 def test_command_parses(line):
     """The script is there, its flags exist, and the files it is given are there (or another command's)."""
     program, *words = shlex.split(line)
+    words = words[:words.index("|")] if "|" in words else words     # a pipe, not the bar lines of notes
     program = program.rpartition("/")[2]
     if program == "git":
         assert words[0] in ("apply", "checkout", "lfs")
