@@ -330,7 +330,7 @@ def test_twenty_at_once_and_many_in_a_row(server, monkeypatch):
     assert len(server.studio.takes) == 20
     files = {f"take_{n}{suffix}" for n in server.studio.takes for suffix in (".wav", ".json")}
     assert {path.name for path in server.studio.folder.iterdir()} == files
-    eventually(lambda: threading.active_count() <= before)
+    eventually(lambda: threading.active_count() <= before + 1)      # the one that works
 
 
 # --- in a browser -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import re
 import tempfile
 import threading
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -92,7 +93,12 @@ class Studio:
         self.queue = []                         # jobs; the first one is being made
         self.takes = {}                         # number: what the page shows of it; the oldest first
         self.melodies = []                      # numbers; the oldest first
-        self.reading = threading.Lock()         # files are decoded and encoded one by one: bounded memory
+        # one thread does all that takes long, piece by piece: memory does not grow with the requests
+        self.worker = ThreadPoolExecutor(1)
+
+    def work(self, function, *args):
+        """function(*args) in the thread that works."""
+        return self.worker.submit(function, *args).result()
 
     def about(self) -> dict:
         """What the page must know of the model."""
@@ -110,22 +116,24 @@ class Studio:
         """An uploaded file becomes a melody. Raises UserError when it cannot be read as audio."""
         if self.model.config.melody == "none":
             raise UserError("this model was trained on text only and takes no melody")
-        notes = []
-        with self.reading:
-            try:
-                wav = read_audio(path, self.model.sample_rate, 1, duration=MAX_MELODY + 1, tell=notes.append)
-            except UserError as error:
-                raise UserError(without_path(error, path)) from None
-            if wav.shape[1] > MAX_MELODY * self.model.sample_rate:
-                wav = wav[:, :round(MAX_MELODY * self.model.sample_rate)]
-                notes.append(f"the recording is long: its first {MAX_MELODY:g} s are used")
-            number = next(self.melody_numbers)
-            write_audio(self.melody_file(number), wav, self.model.sample_rate)
-            classes = pitch_classes(self.model.melody_chroma(self.read_melody(number)))
-            self.melodies.append(number)
-            while len(self.melodies) > MAX_MELODIES:
-                self.melody_file(self.melodies.pop(0)).unlink()
-        return {"melody": number, "seconds": wav.shape[1] / self.model.sample_rate, "classes": classes,
+        return self.work(self._add_melody, path)
+
+    def _add_melody(self, path) -> dict:
+        notes, rate = [], self.model.sample_rate
+        try:
+            wav = read_audio(path, rate, 1, duration=MAX_MELODY + 1, tell=notes.append)
+        except UserError as error:
+            raise UserError(without_path(error, path)) from None
+        if wav.shape[1] > MAX_MELODY * rate:
+            wav = wav[:, :round(MAX_MELODY * rate)]
+            notes.append(f"the recording is long: its first {MAX_MELODY:g} s are used")
+        number = next(self.melody_numbers)
+        write_audio(self.melody_file(number), wav, rate)
+        classes = pitch_classes(self.model.melody_chroma(wav))
+        self.melodies.append(number)
+        while len(self.melodies) > MAX_MELODIES:
+            self.melody_file(self.melodies.pop(0)).unlink()
+        return {"melody": number, "seconds": wav.shape[1] / rate, "classes": classes,
                 "frame": self.frame_seconds(), "notes": [without_path(note, path) for note in notes]}
 
     def melody_file(self, number: int) -> Path:
@@ -133,10 +141,6 @@ class Studio:
 
     def take_file(self, number: int) -> Path:
         return self.folder / f"take_{number}.wav"
-
-    def read_melody(self, number: int):
-        """A melody's wave (1, L)."""
-        return self.read(self.melody_file(number), 1, "that melody is no longer kept; record it anew")
 
     def read(self, path, channels: int, missing: str):
         if not path.is_file():
@@ -182,6 +186,27 @@ class Studio:
                     return
 
     def music(self, job, wish):
+        """Yields the events of a wish whose turn it is."""
+        waves, about = self.work(self._begin, wish)
+        yield {"take": job.number, **about}
+        pieces, finished, take, forgotten = [], False, None, []
+        try:
+            while not job.stopped:
+                wave = self.work(next, waves, None)                         # (1, C, l)
+                if wave is None:
+                    finished = True
+                    break
+                pieces.append(wave[0])
+                samples = to_int16(wave[0].T.numpy()).astype("<i2")         # (l, C)
+                yield {"audio": base64.b64encode(samples.tobytes()).decode()}
+        finally:
+            self.work(waves.close)
+            if pieces:
+                take, forgotten = self.work(self._keep, job, wish, about, pieces, finished)
+        yield {"done": take, "forgotten": forgotten}
+
+    def _begin(self, wish):
+        """-> iterator of waves (1, C, l), and what the page must know of them."""
         model, prompt, before = self.model, None, 0.0
         if wish["continue"] is not None:
             earlier = wish["continue"]
@@ -200,34 +225,20 @@ class Studio:
         settings = {name: wish[name] for name in SETTINGS if wish[name] is not None}
         codes = model.stream_codes([wish["text"]], chromas, prompt, args.duration, [wish["seed"]], **settings)
         waves = model.decode_stream(codes, args.duration, CHUNK)
-        yield {"take": job.number, "sample_rate": model.sample_rate, "channels": model.config.channels,
-               "classes": classes, "frame": self.frame_seconds(), "duration": args.duration,
-               "continues_at": before}
-        pieces, finished = [], False
-        try:
-            for wave in waves:
-                pieces.append(wave[0])                                      # (C, l)
-                samples = to_int16(wave[0].T.numpy()).astype("<i2")         # (l, C)
-                yield {"audio": base64.b64encode(samples.tobytes()).decode()}
-                if job.stopped:
-                    break
-            else:
-                finished = True
-        finally:
-            waves.close()
-            forgotten = self.keep(job, wish, args, classes, pieces, finished) if pieces else []
-        yield {"done": self.takes.get(job.number), "forgotten": forgotten}
+        return waves, {"sample_rate": model.sample_rate, "channels": model.config.channels,
+                       "classes": classes, "frame": self.frame_seconds(), "duration": args.duration,
+                       "continues_at": before}
 
-    def keep(self, job, wish, args, classes, pieces, finished) -> list[int]:
-        """Makes a take of what was made, even of a part -> the numbers of takes that had to go for it."""
+    def _keep(self, job, wish, about, pieces, finished):
+        """Makes a take of what was made, even of a part -> it, and the numbers of takes that had to go."""
         wav, rate = torch.cat(pieces, dim=-1), self.model.sample_rate
-        out = self.take_file(job.number)
+        out, args = self.take_file(job.number), self.flags(wish, about["duration"])
         write_audio(out, wav, rate, tags_of(args, wish["text"], wish["seed"]))
-        about = metadata(args, wish["text"], args.notes or args.melody, wish["seed"], Path(out.name),
+        facts = metadata(args, wish["text"], args.notes or args.melody, wish["seed"], Path(out.name),
                          self.model.config)
-        write_atomic(out.with_suffix(".json"), about.encode())
+        write_atomic(out.with_suffix(".json"), facts.encode())
         take = {"take": job.number, "wish": wish, "seconds": wav.shape[1] / rate, "finished": finished,
-                "classes": classes, "frame": self.frame_seconds()}
+                "classes": about["classes"], "frame": about["frame"]}
         forgotten = []
         with self.changed:
             self.takes[job.number] = take
@@ -237,7 +248,7 @@ class Studio:
                 for suffix in (".wav", ".json"):
                     self.take_file(oldest).with_suffix(suffix).unlink()
                 forgotten.append(oldest)
-        return forgotten
+        return take, forgotten
 
     def flags(self, wish, duration=None) -> Namespace:
         """What the command line would be given for a wish: files of the studio are named without a folder."""
@@ -261,6 +272,7 @@ class Studio:
                 job.stopped = True
             self.changed.notify_all()
             self.changed.wait_for(lambda: not self.queue)
+        self.worker.shutdown()
 
     def list_takes(self) -> list[dict]:
         with self.changed:
@@ -268,19 +280,20 @@ class Studio:
 
     def file(self, name: str, number: int, kind: str) -> bytes:
         """A take or melody as a file of a format. Raises UserError when it is not there."""
+        return self.work(self._file, name, number, kind)
+
+    def _file(self, name, number, kind) -> bytes:
         path = self.folder / f"{name}_{number}.{kind if kind == 'json' else 'wav'}"
         missing = f"{name} {number} is not kept"
-        with self.reading:
-            if kind in ("wav", "json"):
-                if not path.is_file():
-                    raise UserError(missing)
-                return path.read_bytes()
-            wav = self.read(path, self.model.config.channels, missing)
-            tags = {}
-            if name == "take" and number in self.takes:
-                wish = self.takes[number]["wish"]
-                tags = tags_of(self.flags(wish), wish["text"], wish["seed"])
-            with tempfile.TemporaryDirectory() as folder:
-                converted = Path(folder) / f"{name}.{kind}"
-                write_audio(converted, wav, self.model.sample_rate, tags)
-                return converted.read_bytes()
+        if kind in ("wav", "json"):
+            if not path.is_file():
+                raise UserError(missing)
+            return path.read_bytes()
+        wav, tags = self.read(path, self.model.config.channels, missing), {}
+        if name == "take":
+            wish = self.takes[number]["wish"]
+            tags = tags_of(self.flags(wish), wish["text"], wish["seed"])
+        with tempfile.TemporaryDirectory() as folder:
+            converted = Path(folder) / f"{name}.{kind}"
+            write_audio(converted, wav, self.model.sample_rate, tags)
+            return converted.read_bytes()
