@@ -7,26 +7,295 @@
    and, for training, in the step of the optimizer at the end. Compiled and loaded by kernels.py, with the
    plain way beside it as the fallback and, in tests/test_speed.py, as the oracle.
 
-   Arithmetic is in float32. int8 weights are multiplied by rows x in whole numbers of 15 bits where the
-   processor has instructions for it. Sums are added up in the order in which they are written here, whatever
-   the compiler: a row alone gives the same numbers as in a batch. */
+   Arithmetic is in float32, but for int8 weights: there x is rounded to whole numbers of 16 bits, and their
+   products with the weights are added up exactly. Sums in float32 are added up in the order in which they are
+   written here, whatever the compiler. So a row alone gives the same numbers as in a batch.
+
+       processor                       int8 weights                                    LANES (float32 at once)
+       x86, AVX-512 VNNI or AVX-VNNI   bytes: vpdpbusd, 32 weights by half of x each   8
+       x86, AVX2                       words: vpmaddwd, 16 weights                     8
+       x86, others                     words: pmaddwd, 8 weights                       4
+       ARM with dot products           bytes: sdot, 16 weights by half of x each       4
+       ARM, others                     words: smlal, 8 weights                         4
+       any other                       plain C, 4 weights                              4
+
+   "Words" are products of 16 bits by 16. "Bytes" are products of 8 bits by 8: x is then 256 upper + lower, and
+   each of the two has a sum. First come these rows, one after the other, with the same functions in each; what
+   follows is C for all of them. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
-#define AVX2
-#elif defined(__SSE2__)
-#include <emmintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
+
+#define INLINE static inline __attribute__((always_inline))
 
 enum { INT8, BFLOAT16, FLOAT32 };
 static const long BYTES[] = {1, 2, 4};
 
-#define INLINE static inline __attribute__((always_inline))
+#if defined(__AVX2__) && defined(__FMA__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define FLOATS(pointer) (*(floats *)(pointer))
+
+/* --- what differs between processors --------------------------------------------------------------------
+
+       from_int8, from_bfloat16    LANES numbers in memory, as float32
+       larger, root                of each of the numbers
+       four_totals                 the sum of the numbers in each of four
+
+   and for int8 weights times a row x in whole numbers:
+
+       PARTS           1 for words, 2 for bytes
+       WIDE            columns that `widen` and multiply_add take at once
+       HOLDS           columns times the largest whole number up to which no sum exceeds 32 bits
+       pack            LANES whole numbers into x, from column i on
+       widen           weights as multiply_add needs them
+       multiply_add    sum + weights x, for one part of x
+
+   HOLDS: with words, each of LANES sums has columns / LANES products of at most 128 times the largest number.
+   With bytes it has columns / LANES products of at most 255 * 128, which is enough for 260,000 columns. */
+
+enum { TOP = 127 * 256 };       /* the largest whole number, where HOLDS allows it */
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+
+INLINE floats from_int8(const int8_t *from)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)from)));
+}
+
+INLINE floats from_bfloat16(const uint16_t *from)
+{
+    __m256i upper = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(upper, 16));
+}
+
+INLINE floats larger(floats a, floats b) { return _mm256_max_ps(a, b); }
+INLINE floats root(floats x) { return _mm256_sqrt_ps(x); }
+
+INLINE void four_totals(const floats *a, float *y)
+{
+    __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define INSTRUCTIONS "AVX-512 VNNI"
+#define DOT _mm256_dpbusd_epi32
+#else
+#define INSTRUCTIONS "AVX-VNNI"
+#define DOT _mm256_dpbusd_avx_epi32
+#endif
+typedef __m256i wide;
+enum { PARTS = 2, WIDE = 32, HOLDS = INT32_MAX };
+
+/* One factor of DOT has no sign: w + 128. What that adds is in `surplus` below. */
+INLINE wide widen(const int8_t *w)
+{
+    return _mm256_xor_si256(_mm256_loadu_si256((const void *)w), _mm256_set1_epi8(-128));
+}
+
+INLINE ints multiply_add(ints sum, wide weights, const int16_t *x)
+{
+    return (ints)DOT((__m256i)sum, weights, _mm256_loadu_si256((const void *)x));
+}
+
+/* Per WIDE columns the upper halves, then the lower ones. */
+INLINE void pack(ints n, int16_t *x, long i)
+{
+    int8_t *upper = (int8_t *)(x + i / WIDE * WIDE) + i % WIDE, *lower = upper + WIDE;
+    __m256i first = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1,
+                                     0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    ints up = (n + 128) >> 8;       /* lower is from -128 to 127 */
+    __m256i halves = _mm256_shuffle_epi8((__m256i)((n & 255) | up << 8), first);
+    __m128i four = _mm256_castsi256_si128(halves), more = _mm256_extracti128_si256(halves, 1);
+    __m128i all = _mm_unpacklo_epi32(four, more);       /* eight lower halves, eight upper ones */
+    _mm_storel_epi64((void *)lower, all);
+    _mm_storel_epi64((void *)upper, _mm_srli_si128(all, 8));
+}
+
+#else
+#define INSTRUCTIONS "AVX2"
+typedef __m256i wide;
+enum { PARTS = 1, WIDE = 16, HOLDS = LANES * (INT32_MAX / 128) };
+
+INLINE wide widen(const int8_t *w)
+{
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)w));
+}
+
+INLINE ints multiply_add(ints sum, wide weights, const int16_t *x)
+{
+    return sum + (ints)_mm256_madd_epi16(weights, _mm256_loadu_si256((const void *)x));
+}
+
+INLINE void pack(ints n, int16_t *x, long i)
+{
+    __m128i four = _mm256_castsi256_si128((__m256i)n), more = _mm256_extracti128_si256((__m256i)n, 1);
+    _mm_storeu_si128((void *)(x + i), _mm_packs_epi32(four, more));
+}
+#endif
+
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#define INSTRUCTIONS "SSE2"
+typedef __m128i wide;
+enum { PARTS = 1, WIDE = 8, HOLDS = LANES * (INT32_MAX / 128) };
+
+/* Bytes become words, or words ints, in the upper half, and are then shifted down. */
+INLINE floats from_int8(const int8_t *from)
+{
+    int32_t four;
+    memcpy(&four, from, 4);
+    __m128i bytes = _mm_cvtsi32_si128(four), words = _mm_unpacklo_epi8(bytes, bytes);
+    return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(words, words), 24));
+}
+
+INLINE floats from_bfloat16(const uint16_t *from)
+{
+    __m128i upper = _mm_loadl_epi64((const void *)from);
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), upper));
+}
+
+INLINE floats larger(floats a, floats b) { return _mm_max_ps(a, b); }
+INLINE floats root(floats x) { return _mm_sqrt_ps(x); }
+
+INLINE void four_totals(const floats *a, float *y)
+{
+    __m128 b[4] = {a[0], a[1], a[2], a[3]};
+    _MM_TRANSPOSE4_PS(b[0], b[1], b[2], b[3]);
+    _mm_storeu_ps(y, _mm_add_ps(_mm_add_ps(b[0], b[2]), _mm_add_ps(b[1], b[3])));
+}
+
+INLINE wide widen(const int8_t *w)
+{
+    __m128i bytes = _mm_loadl_epi64((const void *)w);
+    return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+}
+
+INLINE ints multiply_add(ints sum, wide weights, const int16_t *x)
+{
+    return sum + (ints)_mm_madd_epi16(weights, _mm_loadu_si128((const void *)x));
+}
+
+INLINE void pack(ints n, int16_t *x, long i)
+{
+    _mm_storel_epi64((void *)(x + i), _mm_packs_epi32((__m128i)n, (__m128i)n));
+}
+
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-schedule-insns")      /* gcc would copy every sum twice */
+#endif
+#include <arm_neon.h>
+
+INLINE floats from_int8(const int8_t *from)
+{
+    int32_t four;
+    memcpy(&four, from, 4);
+    int16x8_t words = vmovl_s8(vcreate_s8((uint32_t)four));
+    return (floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)));
+}
+
+INLINE floats from_bfloat16(const uint16_t *from) { return (floats)vshll_n_u16(vld1_u16(from), 16); }
+
+INLINE floats larger(floats a, floats b) { return (floats)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+INLINE floats root(floats x) { return (floats)vsqrtq_f32((float32x4_t)x); }
+
+INLINE void four_totals(const floats *a, float *y)
+{
+    float32x4_t two = vpaddq_f32((float32x4_t)a[0], (float32x4_t)a[1]);
+    float32x4_t more = vpaddq_f32((float32x4_t)a[2], (float32x4_t)a[3]);
+    vst1q_f32(y, vpaddq_f32(two, more));
+}
+
+#ifdef __ARM_FEATURE_DOTPROD
+#define INSTRUCTIONS "NEON with dot products"
+typedef int8x16_t wide;
+enum { PARTS = 2, WIDE = 16, HOLDS = INT32_MAX };
+
+INLINE wide widen(const int8_t *w) { return vld1q_s8(w); }
+
+INLINE ints multiply_add(ints sum, wide weights, const int16_t *x)
+{
+    return (ints)vdotq_s32((int32x4_t)sum, weights, vld1q_s8((const int8_t *)x));
+}
+
+/* Per WIDE columns the upper halves, then the lower ones. */
+INLINE void pack(ints n, int16_t *x, long i)
+{
+    int8_t *upper = (int8_t *)(x + i / WIDE * WIDE) + i % WIDE, *lower = upper + WIDE;
+    int16x4_t words = vmovn_s32((int32x4_t)n), up = vmovn_s32((int32x4_t)((n + 128) >> 8));
+    int8x8_t halves = vmovn_s16(vcombine_s16(words, up));
+    memcpy(lower, &halves, 4);      /* from -128 to 127 */
+    memcpy(upper, (char *)&halves + 4, 4);
+}
+
+#else
+#define INSTRUCTIONS "NEON"
+typedef int16x8_t wide;
+enum { PARTS = 1, WIDE = 8, HOLDS = LANES * (INT32_MAX / 128) };
+
+INLINE wide widen(const int8_t *w) { return vmovl_s8(vld1_s8(w)); }
+
+INLINE ints multiply_add(ints sum, wide weights, const int16_t *x)
+{
+    int16x8_t from = vld1q_s16(x);
+    int32x4_t first = vmlal_s16((int32x4_t)sum, vget_low_s16(weights), vget_low_s16(from));
+    return (ints)vmlal_high_s16(first, weights, from);
+}
+
+INLINE void pack(ints n, int16_t *x, long i) { vst1_s16(x + i, vmovn_s32((int32x4_t)n)); }
+#endif
+
+#else   /* any other processor */
+#define INSTRUCTIONS "none"
+typedef ints wide;
+enum { PARTS = 1, WIDE = LANES, HOLDS = LANES * (INT32_MAX / 128) };
+
+INLINE floats from_int8(const int8_t *from) { return (floats){from[0], from[1], from[2], from[3]}; }
+
+INLINE floats from_bfloat16(const uint16_t *from)
+{
+    return (floats)((ints){from[0], from[1], from[2], from[3]} << 16);
+}
+
+INLINE floats larger(floats a, floats b)
+{
+    ints first = a > b;
+    return (floats)((first & (ints)a) | (~first & (ints)b));
+}
+
+INLINE floats root(floats x) { return (floats){sqrtf(x[0]), sqrtf(x[1]), sqrtf(x[2]), sqrtf(x[3])}; }
+
+INLINE void four_totals(const floats *a, float *y)
+{
+    for (int i = 0; i < 4; i++)
+        y[i] = (a[i][0] + a[i][2]) + (a[i][1] + a[i][3]);
+}
+
+INLINE wide widen(const int8_t *w) { return (ints){w[0], w[1], w[2], w[3]}; }
+
+INLINE ints multiply_add(ints sum, wide weights, const int16_t *x)
+{
+    return sum + weights * (ints){x[0], x[1], x[2], x[3]};
+}
+
+INLINE void pack(ints n, int16_t *x, long i)
+{
+    for (int j = 0; j < LANES; j++)
+        x[i + j] = (int16_t)n[j];
+}
+#endif
+
+/* How int8 weights are multiplied; kernels.py tells whom that concerns. */
+const char *instructions(void) { return INSTRUCTIONS; }
 
 /* --- threads --------------------------------------------------------------------------------------------
    Those of the OpenMP runtime that torch has loaded, GNU's or LLVM's, called by hand: so any compiler will do,
@@ -59,346 +328,153 @@ static struct part my_part(long n)
     return (struct part){n * t / threads, n * (t + 1) / threads};
 }
 
-/* --- eight numbers at once ------------------------------------------------------------------------------ */
+/* --- some numbers at once ------------------------------------------------------------------------------- */
 
-typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t i8 __attribute__((vector_size(32), aligned(4), may_alias));
-#define F8(pointer) (*(f8 *)(pointer))
-
-/* Eight numbers from index i on, as float32. */
-INLINE f8 load(const void *data, long i, int kind)
+/* LANES numbers from index i on, as float32. */
+INLINE floats load(const void *data, long i, int kind)
 {
-    if (kind == FLOAT32)
-        return F8((const float *)data + i);
-#ifdef AVX2
-    if (kind == INT8) {
-        __m128i bytes = _mm_loadl_epi64((const void *)((const int8_t *)data + i));
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-    }
-    __m128i upper = _mm_loadu_si128((const void *)((const uint16_t *)data + i));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(upper), 16));
-#elif defined(__SSE2__)
-    union { __m128 four[2]; f8 eight; } y;
-    if (kind == INT8) {     /* each byte in the upper half of a word, which is then shifted down */
-        __m128i bytes = _mm_loadl_epi64((const void *)((const int8_t *)data + i));
-        __m128i words = _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
-        y.four[0] = _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(words, words), 16));
-        y.four[1] = _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpackhi_epi16(words, words), 16));
-    } else {
-        __m128i upper = _mm_loadu_si128((const void *)((const uint16_t *)data + i));
-        y.four[0] = _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), upper));
-        y.four[1] = _mm_castsi128_ps(_mm_unpackhi_epi16(_mm_setzero_si128(), upper));
-    }
-    return y.eight;
-#elif defined(__ARM_NEON)
-    union { float32x4_t four[2]; f8 eight; } y;
-    if (kind == INT8) {
-        int16x8_t words = vmovl_s8(vld1_s8((const int8_t *)data + i));
-        y.four[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)));
-        y.four[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(words)));
-    } else {
-        uint16x8_t upper = vld1q_u16((const uint16_t *)data + i);
-        y.four[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(upper), 16));
-        y.four[1] = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(upper), 16));
-    }
-    return y.eight;
-#else
-    f8 y;
-    for (int j = 0; j < 8; j++)
-        if (kind == INT8) {
-            y[j] = ((const int8_t *)data)[i + j];
-        } else {
-            uint32_t bits = (uint32_t)((const uint16_t *)data)[i + j] << 16;
-            float value;
-            memcpy(&value, &bits, 4);
-            y[j] = value;
-        }
-    return y;
-#endif
+    if (kind == INT8)
+        return from_int8((const int8_t *)data + i);
+    if (kind == BFLOAT16)
+        return from_bfloat16((const uint16_t *)data + i);
+    return FLOATS((const float *)data + i);
 }
 
-INLINE f8 all(float x)
+INLINE floats all(float x)
 {
-    return (f8){x, x, x, x, x, x, x, x};
+    floats y = {0};
+    return y + x;
 }
 
-INLINE float total(f8 a)
+INLINE float total(floats a)
 {
-    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
-}
-
-/* Four totals at once. */
-INLINE void totals(const f8 *a, float *y)
-{
-#ifdef AVX2
-    __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-#else
-    for (int i = 0; i < 4; i++)
-        y[i] = total(a[i]);
-#endif
-}
-
-INLINE f8 larger(f8 a, f8 b)
-{
-#ifdef AVX2
-    return _mm256_max_ps(a, b);
-#else
-    i8 first = a > b;
-    return (f8)((first & (i8)a) | (~first & (i8)b));
-#endif
-}
-
-INLINE f8 root(f8 x)
-{
-#ifdef AVX2
-    return _mm256_sqrt_ps(x);
-#else
-    for (int j = 0; j < 8; j++)
-        x[j] = sqrtf(x[j]);
-    return x;
-#endif
+    floats four[4] = {a};
+    float y[4];
+    four_totals(four, y);
+    return y[0];
 }
 
 /* The largest of n numbers, and of `least`. */
 static float largest(const float *x, long n, float least)
 {
-    f8 top = all(least);
+    floats top = all(least);
     long i = 0;
-    for (; i + 8 <= n; i += 8)
-        top = larger(top, F8(x + i));
-    for (int j = 0; j < 8; j++)
+    for (; i + LANES <= n; i += LANES)
+        top = larger(top, FLOATS(x + i));
+    for (int j = 0; j < LANES; j++)
         least = top[j] > least ? top[j] : least;
     for (; i < n; i++)
         least = x[i] > least ? x[i] : least;
     return least;
 }
 
-/* The largest absolute value of n numbers, a multiple of 8, and of `least`. */
+/* The largest absolute value of n numbers, a multiple of LANES, and of `least`. */
 static float largest_size(const float *x, long n, float least)
 {
-    f8 top = all(least);
-    for (long i = 0; i < n; i += 8)
-        top = larger(top, larger(F8(x + i), -F8(x + i)));
-    for (int j = 0; j < 8; j++)
+    floats top = all(least);
+    for (long i = 0; i < n; i += LANES)
+        top = larger(top, larger(FLOATS(x + i), -FLOATS(x + i)));
+    for (int j = 0; j < LANES; j++)
         least = top[j] > least ? top[j] : least;
     return least;
 }
 
 /* The nearest whole numbers, of sizes up to 2^22: what is added pushes the fraction out of the number. */
-INLINE i8 nearest(f8 x)
+INLINE ints nearest(floats x)
 {
-    f8 shifted = x + 12582912.0f;   /* 1.5 * 2^23 */
-    return (i8)shifted - (i8)all(12582912.0f);
+    floats shifted = x + 12582912.0f;   /* 1.5 * 2^23 */
+    return (ints)shifted - (ints)all(12582912.0f);
 }
 
 /* exp(x) for x <= 0, within 2 units of the last place; 0 below -87. */
-INLINE f8 exponential(f8 x)
+INLINE floats exponential(floats x)
 {
-    i8 seen = x > all(-87);
-    x = (f8)((i8)x & seen);
-    i8 powers = nearest(x * 1.44269504f);
-    f8 n = __builtin_convertvector(powers, f8);
-    f8 rest = x - n * 0.693359375f + n * 2.12194440e-4f;    /* x = n log(2) + rest; log(2) in two parts */
-    f8 y = rest * 1.9875691500e-4f + 1.3981999507e-3f;      /* Cephes' expf */
+    ints seen = x > all(-87);
+    x = (floats)((ints)x & seen);
+    ints powers = nearest(x * 1.44269504f);
+    floats n = __builtin_convertvector(powers, floats);
+    floats rest = x - n * 0.693359375f + n * 2.12194440e-4f;    /* x = n log(2) + rest; log(2) in two parts */
+    floats y = rest * 1.9875691500e-4f + 1.3981999507e-3f;      /* Cephes' expf */
     y = y * rest + 8.3334519073e-3f;
     y = y * rest + 4.1665795894e-2f;
     y = y * rest + 1.6666665459e-1f;
     y = y * rest + 5.0000001201e-1f;
     y = y * rest * rest + rest + 1.0f;
-    return (f8)(((i8)y + (powers << 23)) & seen);
+    return (floats)(((ints)y + (powers << 23)) & seen);
 }
 
 /* x Phi(x) with the error function as a quotient of polynomials (Eigen's), right to 4e-7. */
-INLINE f8 gelu_of(f8 x)
+INLINE floats gelu_of(floats x)
 {
-    f8 z = x * 0.70710678f;
+    floats z = x * 0.70710678f;
     z = larger(-larger(-z, all(-4)), all(-4));      /* beyond 4 it is 1 */
-    f8 s = z * z;
-    f8 p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
+    floats s = z * z;
+    floats p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
     p = p * s - 2.10102402082508e-06f;
     p = p * s - 5.69250639462346e-05f;
     p = p * s - 7.34990630326855e-04f;
     p = p * s - 2.95459980854025e-03f;
     p = p * s - 1.60960333262415e-02f;
-    f8 q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
+    floats q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
     q = q * s - 1.68282697438203e-03f;
     q = q * s - 7.37332916720468e-03f;
     q = q * s - 1.42647390514189e-02f;
     return x * 0.5f * (1 + z * p / q);
 }
 
-/* --- int8 times whole numbers ---------------------------------------------------------------------------
-   x in whole numbers up to TOP, so that a product and the sum of a pair of them are one or two instructions:
+/* --- int8 weights times whole numbers ------------------------------------------------------------------- */
 
-       WIDE            columns that one `widen` takes
-       FITS            columns that can be added up before a sum may be too large for 32 bits
-       pack            eight whole numbers into their places among x
-       widen           WIDE weights, as the products want them
-       multiply_add    sums + weights x
-       as_float        sums -> eight sums in float32 */
+/* A row x in whole numbers. */
+struct whole {
+    int16_t *x;             /* as `pack` lays it out */
+    float unit;             /* what 1 stands for */
+    ints surplus[PARTS];    /* what weights of zero add up to, where `widen` adds something to weights */
+};
 
-enum { TOP = 127 * 256 };
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define WHOLE "AVX-512 VNNI"
-typedef __m512i wide, sums;
-enum { WIDE = 32, FITS = 8192 };
-
-INLINE wide widen(const int8_t *w)
+/* n numbers, a multiple of WIDE, as whole ones in `room` (n). */
+static struct whole whole_numbers(const float *x, int16_t *room, long n)
 {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)w));
+    long top = HOLDS / n < TOP ? HOLDS / n : TOP;
+    float size = largest_size(x, n, 1e-30f);
+    for (long i = 0; i < n; i += LANES)
+        pack(nearest(FLOATS(x + i) * (top / size)), room, i);
+    struct whole whole = {room, size / top, {{0}}};
+    static const int8_t zeros[WIDE];
+    for (int part = 0; part < PARTS; part++)
+        for (long c = 0; c < n; c += WIDE)
+            whole.surplus[part] = multiply_add(whole.surplus[part], widen(zeros), room + c + part * WIDE / 2);
+    return whole;
 }
 
-INLINE sums multiply_add(sums sum, wide weights, const int16_t *x)
+/* The sums that the parts stand for, in float32. */
+INLINE floats whole_sum(const ints *part, const struct whole *x)
 {
-    return _mm512_dpwssd_epi32(sum, weights, _mm512_loadu_si512(x));
+    floats sum = __builtin_convertvector(part[PARTS - 1] - x->surplus[PARTS - 1], floats);
+    if (PARTS == 2)
+        sum += 256 * __builtin_convertvector(part[0] - x->surplus[0], floats);
+    return sum * x->unit;
 }
 
-INLINE f8 as_float(sums sum)
+/* Four rows of w times N (1 or 2) rows x. y (2, 4). */
+INLINE void four_rows_of_int8(const int8_t *w, const struct whole *x, float *y, long columns, int N)
 {
-    __m256i first = _mm512_castsi512_si256(sum), second = _mm512_extracti64x4_epi64(sum, 1);
-    return _mm256_cvtepi32_ps(first) + _mm256_cvtepi32_ps(second);
-}
-
-#elif defined(AVX2)
-#ifdef __AVXVNNI__
-#define WHOLE "AVX-VNNI"
-#else
-#define WHOLE "AVX2"
-#endif
-typedef __m256i wide, sums;
-enum { WIDE = 16, FITS = 4096 };
-
-INLINE wide widen(const int8_t *w)
-{
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)w));
-}
-
-INLINE sums multiply_add(sums sum, wide weights, const int16_t *x)
-{
-    __m256i from = _mm256_loadu_si256((const void *)x);
-#ifdef __AVXVNNI__
-    return _mm256_dpwssd_avx_epi32(sum, weights, from);
-#else
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(weights, from));
-#endif
-}
-
-INLINE f8 as_float(sums sum)
-{
-    return _mm256_cvtepi32_ps(sum);
-}
-
-#elif defined(__SSE2__)
-#define WHOLE "SSE2"
-typedef __m128i wide, sums;
-enum { WIDE = 8, FITS = 2048 };
-
-INLINE wide widen(const int8_t *w)
-{
-    __m128i bytes = _mm_loadl_epi64((const void *)w);
-    return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
-}
-
-INLINE sums multiply_add(sums sum, wide weights, const int16_t *x)
-{
-    return _mm_add_epi32(sum, _mm_madd_epi16(weights, _mm_loadu_si128((const void *)x)));
-}
-
-INLINE f8 as_float(sums sum)
-{
-    union { __m128 four[2]; f8 eight; } y = {{_mm_cvtepi32_ps(sum), _mm_setzero_ps()}};
-    return y.eight;
-}
-
-#elif defined(__ARM_FEATURE_DOTPROD)
-#define WHOLE "NEON with dot products"
-typedef int8x16_t wide;
-typedef struct { int32x4_t upper, lower; } sums;    /* x = 256 upper + lower */
-enum { WIDE = 16, FITS = 65536 };
-
-INLINE wide widen(const int8_t *w)
-{
-    return vld1q_s8(w);
-}
-
-INLINE sums multiply_add(sums sum, wide weights, const int16_t *x)
-{
-    sum.upper = vdotq_s32(sum.upper, weights, vld1q_s8((const int8_t *)x));
-    sum.lower = vdotq_s32(sum.lower, weights, vld1q_s8((const int8_t *)x + 16));
-    return sum;
-}
-
-INLINE f8 as_float(sums sum)
-{
-    union { float32x4_t four[2]; f8 eight; } y;
-    y.four[0] = vmulq_n_f32(vcvtq_f32_s32(sum.upper), 256);
-    y.four[1] = vcvtq_f32_s32(sum.lower);
-    return y.eight;
-}
-#endif
-
-#ifdef WHOLE
-/* Eight whole numbers n, those from index i on, into x. */
-INLINE void pack(i8 n, int16_t *x, long i)
-{
-#ifdef __SSE2__
-    union { i8 eight; __m128i four[2]; } y = {n};
-    _mm_storeu_si128((void *)(x + i), _mm_packs_epi32(y.four[0], y.four[1]));
-#else   /* sixteen upper halves, sixteen lower ones */
-    int8_t *upper = (int8_t *)x + 2 * (i / WIDE * WIDE) + i % WIDE, *lower = upper + WIDE;
-    for (int j = 0; j < 8; j++) {
-        lower[j] = (int8_t)n[j];
-        upper[j] = (n[j] - lower[j]) / 256;
-    }
-#endif
-}
-
-/* n numbers, a multiple of WIDE, as whole ones -> what 1 stands for */
-static float whole_numbers(const float *x, int16_t *whole, long n)
-{
-    float top = largest_size(x, n, 1e-30f);
-    for (long i = 0; i < n; i += 8)
-        pack(nearest(F8(x + i) * (TOP / top)), whole, i);
-    return top / TOP;
-}
-
-/* Four rows of w times N (1 or 2) rows of x. y (2, 4). */
-INLINE void four_rows_of_int8(const int8_t *w, const int16_t *x, float *y, long columns, int N)
-{
-    f8 found[2][4] = {{{0}}};
-    for (long first = 0; first < columns; first += FITS) {
-        long end = first + FITS < columns ? first + FITS : columns;
-        sums sum[2][4] = {{{0}}};
-        for (long c = first; c < end; c += WIDE) {
-            for (int line = 0; line < 4 * WIDE; line += 64)     /* rows that come next */
-                __builtin_prefetch(w + 4 * (columns + c) + 1024 + line);
-            for (int i = 0; i < 4; i++) {
-                wide weights = widen(w + i * columns + c);
-                for (int b = 0; b < N; b++)
-                    sum[b][i] = multiply_add(sum[b][i], weights, x + b * columns + c);
-            }
+    ints sum[2][4][PARTS] = {{{{0}}}};
+    for (long c = 0; c < columns; c += WIDE) {
+        for (int line = 0; line < 4 * WIDE; line += 64)     /* rows that come next */
+            __builtin_prefetch(w + 4 * (columns + c) + 1024 + line);
+        for (int i = 0; i < 4; i++) {
+            wide weights = widen(w + i * columns + c);
+            for (int b = 0; b < N; b++)
+                for (int part = 0; part < PARTS; part++)
+                    sum[b][i][part] = multiply_add(sum[b][i][part], weights, x[b].x + c + part * WIDE / 2);
         }
-        for (int b = 0; b < N; b++)
-            for (int i = 0; i < 4; i++)
-                found[b][i] += as_float(sum[b][i]);
     }
-    for (int b = 0; b < N; b++)
-        totals(found[b], y + 4 * b);
-}
-#endif
-
-/* How int8 weights are multiplied; kernels.py tells whom that concerns. */
-const char *instructions(void)
-{
-#ifdef WHOLE
-    return WHOLE;
-#elif defined(__ARM_NEON)
-    return "NEON";
-#else
-    return "none";
-#endif
+    for (int b = 0; b < N; b++) {
+        floats found[4];
+        for (int i = 0; i < 4; i++)
+            found[i] = whole_sum(sum[b][i], x + b);
+        four_totals(found, y + 4 * b);
+    }
 }
 
 /* --- products ------------------------------------------------------------------------------------------- */
@@ -406,34 +482,34 @@ const char *instructions(void)
 /* Four rows of w times N (1 or 2) rows of x: sums that do not wait for each other. y (2, 4). */
 INLINE void four_rows(const char *w, const float *x, float *y, long columns, int kind, int N)
 {
-    f8 sum[2][4] = {{{0}}};
-    for (long c = 0; c < columns; c += 8) {
-        __builtin_prefetch(w + 4 * (columns + c) * BYTES[kind] + 1024);  /* rows that come next */
+    floats sum[2][4] = {{{0}}};
+    for (long c = 0; c < columns; c += LANES) {
+        __builtin_prefetch(w + 4 * (columns + c) * BYTES[kind] + 1024);     /* rows that come next */
         for (int i = 0; i < 4; i++) {
-            f8 weights = load(w, i * columns + c, kind);
+            floats weights = load(w, i * columns + c, kind);
             for (int b = 0; b < N; b++)
-                sum[b][i] += weights * F8(x + b * columns + c);
+                sum[b][i] += weights * FLOATS(x + b * columns + c);
         }
     }
     for (int b = 0; b < N; b++)
-        totals(sum[b], y + 4 * b);
+        four_totals(sum[b], y + 4 * b);
 }
 
-/* Layer norm of each row of x, in place. columns is a multiple of 8. */
-static void normalise(float *x, const float *weight, const float *bias, long columns, long batch)
+/* Layer norm of each row of x, in place. columns is a multiple of LANES. */
+static void normalize(float *x, const float *weight, const float *bias, long columns, long batch)
 {
     for (; batch--; x += columns) {
-        f8 sum = {0}, squares = {0};
-        for (long c = 0; c < columns; c += 8)
-            sum += F8(x + c);
+        floats sum = {0}, squares = {0};
+        for (long c = 0; c < columns; c += LANES)
+            sum += FLOATS(x + c);
         float mean = total(sum) / columns;
-        for (long c = 0; c < columns; c += 8) {
-            f8 centered = F8(x + c) - mean;
+        for (long c = 0; c < columns; c += LANES) {
+            floats centered = FLOATS(x + c) - mean;
             squares += centered * centered;
         }
         float factor = 1 / sqrtf(total(squares) / columns + 1e-5f);
-        for (long c = 0; c < columns; c += 8)
-            F8(x + c) = (F8(x + c) - mean) * factor * F8(weight + c) + F8(bias + c);
+        for (long c = 0; c < columns; c += LANES)
+            FLOATS(x + c) = (FLOATS(x + c) - mean) * factor * FLOATS(weight + c) + FLOATS(bias + c);
     }
 }
 
@@ -441,11 +517,25 @@ struct product {
     int kind, gelu;
     const char *w;
     const float *scale, *x, *add;
-    const int16_t *whole;       /* x in whole numbers, and what 1 stands for in each row */
-    const float *units;
+    const struct whole *whole;      /* the rows of x in whole numbers, or NULL */
     float *y;
     long rows, columns, batch;
 };
+
+/* Rows r to r + 3 of w times rows b to b + N - 1 of x. y (2, 4). */
+INLINE void four_by_two(const struct product *p, long r, long b, float *y, int N)
+{
+    const char *w = p->w + r * p->columns * BYTES[p->kind];
+    const float *x = p->x + b * p->columns;
+    if (p->whole)
+        four_rows_of_int8((const int8_t *)w, p->whole + b, y, p->columns, N);
+    else if (p->kind == INT8)
+        four_rows(w, x, y, p->columns, INT8, N);
+    else if (p->kind == BFLOAT16)
+        four_rows(w, x, y, p->columns, BFLOAT16, N);
+    else
+        four_rows(w, x, y, p->columns, FLOAT32, N);
+}
 
 /* A thread's part of the rows of a product. */
 static void product_part(void *job)
@@ -454,32 +544,21 @@ static void product_part(void *job)
     struct part part = my_part(p.rows / 4);
     for (long r = 4 * part.first; r < 4 * part.end; r += 4)
         for (long b = 0; b < p.batch; b += 2) {
-            const char *w = p.w + r * p.columns * BYTES[p.kind];
-            const float *x = p.x + b * p.columns;
             float y[8] = {0};
-            int two = b + 1 < p.batch;
-            if (p.kind == INT8 && p.whole) {
-#ifdef WHOLE
-                const int16_t *whole = p.whole + b * p.columns;
-                two ? four_rows_of_int8((void *)w, whole, y, p.columns, 2)
-                    : four_rows_of_int8((void *)w, whole, y, p.columns, 1);
-#endif
-            } else if (p.kind == INT8)
-                two ? four_rows(w, x, y, p.columns, INT8, 2) : four_rows(w, x, y, p.columns, INT8, 1);
-            else if (p.kind == BFLOAT16)
-                two ? four_rows(w, x, y, p.columns, BFLOAT16, 2) : four_rows(w, x, y, p.columns, BFLOAT16, 1);
+            int N = b + 1 < p.batch ? 2 : 1;
+            if (N == 2)
+                four_by_two(&p, r, b, y, 2);
             else
-                two ? four_rows(w, x, y, p.columns, FLOAT32, 2) : four_rows(w, x, y, p.columns, FLOAT32, 1);
-            for (int n = 0; n <= two; n++) {
-                float unit = p.whole ? p.units[b + n] : 1;
-                for (int i = 0; i < 4; i++)
-                    y[4 * n + i] *= unit * (p.scale ? p.scale[r + i] : 1);
+                four_by_two(&p, r, b, y, 1);
+            for (int n = 0; n < N; n++) {
+                for (int i = 0; p.scale && i < 4; i++)
+                    y[4 * n + i] *= p.scale[r + i];
                 for (int i = 0; p.add && i < 4; i++)
                     y[4 * n + i] += p.add[(b + n) * p.rows + r + i];
             }
-            if (p.gelu)
-                F8(y) = gelu_of(F8(y));
-            for (int n = 0; n <= two; n++)
+            for (int i = 0; p.gelu && i < 8; i += LANES)
+                FLOATS(y + i) = gelu_of(FLOATS(y + i));
+            for (int n = 0; n < N; n++)
                 memcpy(p.y + (b + n) * p.rows + r, y + 4 * n, 4 * sizeof(float));
         }
 }
@@ -494,28 +573,25 @@ static const struct norm NO_NORM = {0, 0};
 static void multiply(int threads, int kind, struct matrix m, const float *x, struct norm norm, int gelu,
                      const float *add, float *y, long rows, long columns, long batch)
 {
-    struct product job = {kind, gelu, m.w, m.scale, x, add, 0, 0, y, rows, columns, batch};
+    struct product job = {kind, gelu, m.w, m.scale, x, add, 0, y, rows, columns, batch};
     float *normed = 0;
-    int16_t *whole = 0;
-    float units[batch];
+    int16_t *room = 0;
+    struct whole whole[batch];
     if (norm.weight) {
         normed = malloc(batch * columns * sizeof *normed);
         memcpy(normed, x, batch * columns * sizeof *normed);
-        normalise(normed, norm.weight, norm.bias, columns, batch);
+        normalize(normed, norm.weight, norm.bias, columns, batch);
         job.x = normed;
     }
-#ifdef WHOLE
     if (kind == INT8 && columns % WIDE == 0) {
-        whole = malloc(batch * columns * sizeof *whole);
+        room = malloc(batch * columns * sizeof *room);
         for (long b = 0; b < batch; b++)
-            units[b] = whole_numbers(job.x + b * columns, whole + b * columns, columns);
+            whole[b] = whole_numbers(job.x + b * columns, room + b * columns, columns);
+        job.whole = whole;
     }
-#endif
-    job.whole = whole;
-    job.units = units;
     run_threads(product_part, &job, threads, 0);
     free(normed);
-    free(whole);
+    free(room);
 }
 
 void product(int threads, int kind, const char *w, const float *scale, const float *x, float *y,
@@ -551,10 +627,10 @@ INLINE void softmax(float *p, const float *k_scale, const float *v_scale, const 
     for (long s = 0; s < length; s++)
         p[s] = p[s] * ((kind == INT8 ? k_scale[s] : 1) * unit) + (hidden ? hidden[s] : 0);
     float top = largest(p, length, -3e38f);
-    f8 sum = {0};
-    for (long s = 0; s < length; s += 8) {
-        long n = length - s < 8 ? length - s : 8;
-        f8 score = {0}, weight = {0};
+    floats sum = {0};
+    for (long s = 0; s < length; s += LANES) {
+        long n = length - s < LANES ? length - s : LANES;
+        floats score = {0}, weight = {0};
         memcpy(&score, p + s, n * sizeof(float));
         score = exponential(score - top);
         memcpy(&weight, &score, n * sizeof(float));     /* zero behind the end */
@@ -566,51 +642,61 @@ INLINE void softmax(float *p, const float *k_scale, const float *v_scale, const 
         p[s] *= (kind == INT8 ? v_scale[s] : 1) * factor;
 }
 
+/* q (E) times the key at position s of k (length, E), as LANES sums; whole: q in whole numbers, or NULL. */
+INLINE floats score(const float *q, const struct whole *whole, const void *k, long s, long E, int kind)
+{
+    if (whole) {
+        ints sum[PARTS] = {{0}};
+        for (long e = 0; e < E; e += WIDE)
+            for (int part = 0; part < PARTS; part++)
+                sum[part] = multiply_add(sum[part], widen((const int8_t *)k + s * E + e),
+                                         whole->x + e + part * WIDE / 2);
+        return whole_sum(sum, whole);
+    }
+    floats dot = {0};
+    for (long e = 0; e < E; e += LANES)
+        dot += FLOATS(q + e) * load(k, s * E + e, kind);
+    return dot;
+}
+
+/* Adds n (up to 8) times LANES columns of v (length, E), from `first` on, each position times its p. */
+INLINE void add_values(const float *p, const void *v, float *out, long length, long E, long first, long n,
+                       int kind)
+{
+    floats mean[8] = {{0}};
+    for (long s = 0; s < length; s++)
+        for (long e = 0; e < n; e++)
+            mean[e] += p[s] * load(v, s * E + first + LANES * e, kind);
+    for (long e = 0; e < n; e++)
+        FLOATS(out + first + LANES * e) = mean[e];
+}
+
 /* One head: q (E) to keys and values (length, E); p is room for the scores. */
 INLINE void one_head(const float *q, const void *k, const float *k_scale, const void *v, const float *v_scale,
                      const float *hidden, float *p, float *out, long length, long E, int kind)
 {
     float unit = 1 / sqrtf(E);
-#ifdef WHOLE
-    if (kind == INT8 && E == 64) {      /* q in whole numbers, four positions at a time */
-        int16_t whole[64];
-        unit *= whole_numbers(q, whole, 64);
-        for (long s = 0; s < length; s += 4) {
-            f8 dots[4];
-            float four[4];
-            for (long i = 0; i < 4; i++) {
-                const int8_t *key = (const int8_t *)k + 64 * (s + i < length ? s + i : s);
-                sums dot = {0};
-                for (long e = 0; e < 64; e += WIDE)
-                    dot = multiply_add(dot, widen(key + e), whole + e);
-                dots[i] = as_float(dot);
-            }
-            totals(dots, four);
-            memcpy(p + s, four, sizeof(float) * (length - s < 4 ? length - s : 4));
-        }
-    } else
-#endif
-        for (long s = 0; s < length; s++) {
-            f8 dot = {0};
-            for (long e = 0; e < E; e += 8)
-                dot += F8(q + e) * load(k, s * E + e, kind);
-            p[s] = total(dot);
-        }
-    softmax(p, k_scale, v_scale, hidden, length, unit, kind);
-    for (long first = 0; first < E; first += 64) {  /* as many sums as there are registers */
-        f8 mean[8] = {{0}};
-        long n = E - first < 64 ? (E - first) / 8 : 8;
-        if (n == 8)
-            for (long s = 0; s < length; s++)
-                for (long e = 0; e < 8; e++)
-                    mean[e] += p[s] * load(v, s * E + first + 8 * e, kind);
-        else
-            for (long s = 0; s < length; s++)
-                for (long e = 0; e < n; e++)
-                    mean[e] += p[s] * load(v, s * E + first + 8 * e, kind);
-        for (long e = 0; e < n; e++)
-            F8(out + first + 8 * e) = mean[e];
+    int16_t room[64];
+    struct whole numbers;
+    const struct whole *whole = 0;
+    if (kind == INT8 && E == 64) {
+        numbers = whole_numbers(q, room, 64);
+        whole = &numbers;
     }
+    for (long s = 0; s < length; s += 4) {
+        floats scores[4];
+        float four[4];
+        for (long i = 0; i < 4; i++)
+            scores[i] = score(q, whole, k, s + i < length ? s + i : s, E, kind);
+        four_totals(scores, four);
+        memcpy(p + s, four, sizeof(float) * (length - s < 4 ? length - s : 4));
+    }
+    softmax(p, k_scale, v_scale, hidden, length, unit, kind);
+    long first = 0;
+    for (; first + 8 * LANES <= E; first += 8 * LANES)      /* as many sums as there are registers */
+        add_values(p, v, out, length, E, first, 8, kind);
+    if (first < E)
+        add_values(p, v, out, length, E, first, (E - first) / LANES, kind);
 }
 
 struct attention {
@@ -716,17 +802,17 @@ struct moments {
     float (*found)[3];      /* of each block */
 };
 
-/* The moments of eight weights; adds to three sums. */
-INLINE void eight_moments(const struct moments *t, const float *g_from, float *m, float *v, float *s, f8 *sum)
+/* The moments of LANES weights; adds to three sums. */
+INLINE void add_moments(const struct moments *t, const float *g_from, float *m, float *v, float *s, floats *sum)
 {
-    f8 g = F8(g_from);
-    F8(m) += t->c1 * (t->lam * g - F8(m));
-    F8(s) += t->c2 * (t->lam * g - F8(s));
-    F8(v) += t->c2 * (g * g - F8(v));
-    f8 inverse = 1 / (root(F8(v)) + t->eps);
+    floats g = FLOATS(g_from);
+    FLOATS(m) += t->c1 * (t->lam * g - FLOATS(m));
+    FLOATS(s) += t->c2 * (t->lam * g - FLOATS(s));
+    FLOATS(v) += t->c2 * (g * g - FLOATS(v));
+    floats inverse = 1 / (root(FLOATS(v)) + t->eps);
     sum[0] += g * g * inverse;
-    sum[1] += F8(s) * F8(s) * inverse;
-    sum[2] += larger(F8(s), -F8(s));
+    sum[1] += FLOATS(s) * FLOATS(s) * inverse;
+    sum[2] += larger(FLOATS(s), -FLOATS(s));
 }
 
 static void moments_part(void *job)
@@ -734,16 +820,16 @@ static void moments_part(void *job)
     struct moments t = *(struct moments *)job;
     struct part part = my_part((t.n + BLOCK - 1) / BLOCK);
     for (long block = part.first; block < part.end; block++) {
-        f8 sum[3] = {{0}};
+        floats sum[3] = {{0}};
         long i = block * BLOCK, end = (block + 1) * BLOCK < t.n ? (block + 1) * BLOCK : t.n;
-        for (; i + 8 <= end; i += 8)
-            eight_moments(&t, t.g + i, t.m + i, t.v + i, t.s + i, sum);
-        if (i < end) {      /* less than eight at the end of a tensor: zeros add nothing */
+        for (; i + LANES <= end; i += LANES)
+            add_moments(&t, t.g + i, t.m + i, t.v + i, t.s + i, sum);
+        if (i < end) {      /* fewer than LANES at the end of a tensor: zeros add nothing */
             long size = (end - i) * sizeof(float);
-            float g[8] = {0}, m[8] = {0}, v[8] = {0}, s[8] = {0};
+            float g[LANES] = {0}, m[LANES] = {0}, v[LANES] = {0}, s[LANES] = {0};
             memcpy(g, t.g + i, size), memcpy(m, t.m + i, size);
             memcpy(v, t.v + i, size), memcpy(s, t.s + i, size);
-            eight_moments(&t, g, m, v, s, sum);
+            add_moments(&t, g, m, v, s, sum);
             memcpy(t.m + i, m, size), memcpy(t.v + i, v, size), memcpy(t.s + i, s, size);
         }
         for (int k = 0; k < 3; k++)

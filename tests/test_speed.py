@@ -6,6 +6,7 @@
 import os
 import platform
 import shutil
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,6 +171,54 @@ def test_threads_share_the_rows_of_a_product():
             assert torch.equal(layer(x), expected)
     finally:
         torch.set_num_threads(before)
+
+
+# --- other processors -------------------------------------------------------------------------------------
+
+X86 = {"AVX-VNNI": "-march=alderlake", "AVX2": "-march=haswell", "SSE2": "-march=x86-64",
+       "none": "-march=x86-64 -U__SSE2__"}
+ARM = {"NEON with dot products": "-march=armv8.2-a+dotprod", "NEON": "-march=armv8-a"}
+
+
+def checked(tmp_path, command: str, run="") -> str:
+    """What kernels_check.c prints, which compares kernels.c with double precision, by that compiler."""
+    names = (command.split()[0], *run.split()[:1])
+    missing = [name for name in names if not shutil.which(name)]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    program = str(tmp_path / "check")
+    flags = [flag for flag in kernels.FLAGS if flag not in ("-O3", "-shared")]      # compiled in half the time
+    source = str(ROOT / "tests" / "kernels_check.c")
+    made = subprocess.run([*command.split(), "-O1", *flags, source, "-o", program, "-lm"],
+                          capture_output=True, text=True)
+    if made.returncode and "-march" in made.stderr:
+        pytest.skip(f"{names[0]} does not know that processor")
+    assert made.returncode == 0, made.stderr
+    return subprocess.run([*run.split(), program], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="no x86-64")
+@pytest.mark.parametrize("instructions, cc", [
+    ("AVX2", "gcc"), ("SSE2", "gcc"), ("none", "clang"),
+    *(pytest.param(*names, marks=pytest.mark.slow) for names in (
+        ("AVX-VNNI", "gcc"), ("AVX-VNNI", "clang"), ("AVX2", "clang"), ("SSE2", "clang"), ("none", "gcc")))])
+def test_kernels_of_older_processors(tmp_path, instructions, cc):
+    """Products and attention in all dtypes, alone and in a batch, with threads and without."""
+    info = Path("/proc/cpuinfo")
+    has = info.read_text().split() if info.exists() else []
+    if {"AVX2": "avx2", "AVX-VNNI": "avx_vnni"}.get(instructions, "fpu") not in has:
+        pytest.skip(f"this processor has no {instructions}")
+    assert checked(tmp_path, f"{cc} {X86[instructions]}") == instructions
+
+
+@pytest.mark.parametrize("instructions", ARM)
+@pytest.mark.parametrize("cc", ["aarch64-linux-gnu-gcc", "clang --target=aarch64-linux-gnu"])
+def test_kernels_of_arm(tmp_path, instructions, cc):
+    """The same under an emulator (packages gcc-aarch64-linux-gnu, clang and qemu-user)."""
+    root = "/usr/aarch64-linux-gnu"
+    if not Path(root, "lib").exists():
+        pytest.skip("no libraries of aarch64 in " + root)
+    assert checked(tmp_path, f"{cc} {ARM[instructions]}", f"qemu-aarch64 -L {root}") == instructions
 
 
 # --- compiling kernels.c ----------------------------------------------------------------------------------
