@@ -6,7 +6,7 @@ Decoding a column reads every weight and the whole cache, and multiplies them wi
 It is memory-bandwidth-bound, and the usual products do not reach that bound. `optimize_for_cpu` puts
 `PackedLinear` in the place of every Projection of a model: weights in float32, bfloat16 or int8 (each row
 with a scale), multiplied by kernels.c. `PackedCache` holds keys and values likewise. Without a C compiler
-the fastest of torch's own products takes their place.
+the fastest of torch's own products take their place, and `HalfCache`.
 """
 import weakref
 
@@ -17,7 +17,7 @@ from torch import nn
 from checkpoints.files import quantize_rows
 from conditioners import Conditions
 from config import Config
-from lm import Cache, LMModel, Projection
+from lm import Cache, LayerCache, LMModel, Projection
 from speed.kernels import ARM, KINDS, data_pointers, has_bfloat16, kernels
 from speed.products import block_attention, product
 
@@ -56,13 +56,20 @@ class PackedLinear(nn.Module):
                 torch.get_num_threads(), KINDS[weight.dtype], *data_pointers(weight, dtype=weight.dtype),
                 *data_pointers(scale, x, y), R, C, x.numel() // C)
             return y
-        if few and weight.dtype == torch.int8:
-            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), weight, scale.bfloat16())
-            return y.view(*x.shape[:-1], R).float()
-        if few and weight.dtype == torch.float32:
-            return (weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], R)
+        if few:
+            return few_rows(x.flatten(0, -2), weight, scale).view(*x.shape[:-1], R).float()
         y = product(x.to(self.many), weight.to(self.many)).float()
         return y if scale is None else y * scale
+
+
+def few_rows(x, weight, scale):
+    """x (rows, in), weight (out, in) -> (rows, out), by that product of torch's that reads weights fastest."""
+    if weight.dtype == torch.int8:
+        return torch._weight_int8pack_mm(x.bfloat16(), weight, scale.bfloat16())
+    x = x.to(weight.dtype)
+    if weight.dtype == torch.bfloat16 and has_bfloat16():
+        return (weight @ x.T).T
+    return F.linear(x, weight) if len(x) <= 2 else product(x, weight)
 
 
 class PackedCache(Cache):
@@ -159,6 +166,37 @@ class PackedLayerCache:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
+class HalfCache(Cache):
+    """Keys and values in bfloat16, for torch's attention where there is no kernels.c."""
+
+    def __init__(self, config: Config, batch: int, max_length: int):
+        super().__init__(config, batch, max_length, torch.empty(0, dtype=torch.bfloat16))
+        for layer in self.layers:
+            layer.__class__ = HalfLayerCache
+            layer.keys = layer.keys.flatten(-2).view_as(layer.values)       # (B, H, max_length, E)
+
+
+class HalfLayerCache(LayerCache):
+    """One layer's part of a `HalfCache`."""
+
+    def attend(self, q, k, v):
+        """Stores k, v (B, H, S, E) behind what is there, and attends from q (B, H, S, E) to all of it."""
+        start, end = self.cache.length, self.cache.length + q.shape[2]
+        self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        bias = self.cache.bias(end - start)
+        first = start == 0 and bias is None     # later columns may see all that is there
+        return F.scaled_dot_product_attention(
+            q.bfloat16(), keys, values, attn_mask=bias, is_causal=first).float()
+
+
+class HalfCacheLMModel(LMModel):
+    """An LMModel for generation with a HalfCache."""
+
+    def new_cache(self, batch: int, max_length: int) -> HalfCache:
+        return HalfCache(self.config, batch, max_length)
+
+
 class PackedLMModel(LMModel):
     """An LMModel whose layers are PackedLinear, for generation with a PackedCache."""
 
@@ -188,8 +226,10 @@ def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:
     for tensor in lm.parameters():
         tensor.data = tensor.data.float()
     width = lm.config.dim // lm.config.num_heads
-    if width % 8 == 0 and kernels():
+    if kernels() and width % 8 == 0:
         lm.__class__ = PackedLMModel
+    elif not kernels() and lm.lm_heads.weight.dtype != torch.float32:
+        lm.__class__ = HalfCacheLMModel
     return lm
 
 

@@ -110,6 +110,21 @@ def test_logits_of_cached_columns_are_near_those_of_the_plain_way(kind, dtype, t
     assert (next_logits(lm, passes, codes) - expected).norm() < tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("kind", ["text", "rope", "heads of 64"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_logits_without_a_compiler_are_near_those_of_the_plain_way(kind, dtype, monkeypatch):
+    """By torch's own products and attention; texts of several lengths, so that there is padding."""
+    lm, T = make(**KINDS[kind]), 10
+    passes = passes_of(lm, ["slow flute and a drum", None], T, guidance=1)
+    codes = torch.randint(lm.config.card, (2, 4, T), generator=torch.Generator().manual_seed(1))
+    sequence, _ = lm.pattern.build(codes, lm.special)
+    expected = lm(sequence, passes[0]).detach()
+    without_compiler(monkeypatch)
+    optimize_for_cpu(lm, dtype)
+    assert lm.new_cache(2, 8).dtype == torch.bfloat16 and not lm.packed
+    assert (next_logits(lm, passes, codes) - expected).norm() < 4e-2 * expected.norm()
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
