@@ -628,7 +628,8 @@ def served():
     from browser import Browser
     from tools.server import open_server
     ready = "document.getElementById('status').textContent.endsWith(%r)"
-    with open_server(model(), DEFAULT_CHECKPOINT, 0) as server, tempfile.TemporaryDirectory() as folder:
+    loading = {"checkpoint": str(DEFAULT_CHECKPOINT)}
+    with open_server(model(), loading, 0) as server, tempfile.TemporaryDirectory() as folder:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with Browser(folder) as browser:
             browser.resize(1100, 940)

@@ -231,17 +231,26 @@ def write_results(model, args, take: Take, outs, texts, melodies, seeds):
 
 def serve_page(MusicGen, args):
     """--serve: what a take is to be is told on the page, what makes it on the command line."""
+    check_alone(MusicGen, args, "serve", "checkpoint", "device", "dtype", "compile")
+    from tools.server import serve
+    loading = {"checkpoint": args.checkpoint, "device": args.device, "dtype": args.dtype,
+               "compile": args.compile}
+    serve(MusicGen.from_pretrained(*loading.values()), loading, args.serve)
+
+
+def check_alone(MusicGen, args, flag: str, *others):
+    """Raises UserError for flags beside --`flag` that it does not take."""
     defaults = vars(parse(MusicGen, []))
     for name, value in vars(args).items():
-        if value != defaults[name] and name not in ("serve", "checkpoint", "device", "dtype", "compile"):
-            raise UserError(f"--serve and --{name}: leave --{name} out, the page has a place for it")
-    from tools.server import serve
-    serve(MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile), args.checkpoint,
-          args.serve)
+        if value != defaults[name] and name not in (flag, *others):
+            takes = " ".join(f"--{other}" for other in others)
+            raise UserError(f"--{flag} and --{name}: leave --{name} out; --{flag} goes with {takes} alone")
 
 
 def export(MusicGen, args):
     """--export and --export_hf: the checkpoint in other forms."""
+    flag, other = ("export", "export_hf") if args.export else ("export_hf", "export")
+    check_alone(MusicGen, args, flag, other, "checkpoint", "device")
     for directory in (args.export, args.export_hf):
         if directory:
             check_writable(Path(directory) / "config.json")

@@ -309,9 +309,10 @@ def snapshot(folder) -> dict:
 
 
 def sampling(world, *argv, checkpoint="lm", **options) -> Result:
-    """sample.py on the tiny model, 0.05 s unless argv says otherwise, in seconds or bars."""
+    """sample.py on the tiny model, 0.05 s unless argv says otherwise or makes no music."""
     argv = [str(arg) for arg in argv]
-    argv = ([] if {"--duration", "--bars"} & set(argv) else ["--duration", "0.05"]) + argv
+    others = {"--duration", "--bars", "--export", "--export_hf"}
+    argv = ([] if others & set(argv) else ["--duration", "0.05"]) + argv
     argv = ([] if "--checkpoint" in argv else ["--checkpoint", str(world / checkpoint)]) + argv
     return command(sample_main, "--device", "cpu", *argv, **options)
 

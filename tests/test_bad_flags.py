@@ -280,6 +280,8 @@ SAMPLING = {  # flags, and what the sentence names
     "--text a --text b --melody x --melody y --melody z": "--melody",
     "--export_hf there.wav": "there.wav",
     "--export there.wav": "there.wav",
+    "--export new --text a": "--export and --text",
+    "--export_hf new --serve": "--export_hf and --serve",
     "stray": "stray",
 }
 

@@ -43,7 +43,8 @@ class running:
     """Inside, a server of a model answers at `address`; its Studio is `studio`."""
 
     def __init__(self, model, checkpoint):
-        self.context = open_server(model, checkpoint, 0)
+        loading = {"checkpoint": str(checkpoint), "device": "cpu", "dtype": "float32", "compile": False}
+        self.context = open_server(model, loading, 0)
 
     def __enter__(self):
         self.server = self.context.__enter__()
@@ -145,14 +146,14 @@ def test_no_path_leads_anywhere_else(server, path):
 def test_only_this_machine_is_listened_to(server):
     assert server.address[0] == "127.0.0.1"
     with pytest.raises(UserError, match="port"):
-        with open_server(None, "x", server.address[1]):
+        with open_server(None, {}, server.address[1]):
             pass
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--text", "x"], "--text"), (["--duration", "3"], "--duration"), (["--out", "x.wav"], "--out")])
-def test_what_the_page_asks_for_is_no_flag(flags, named):
-    refused(command(sample_main, "--serve", *flags), "--serve", named, "the page")
+    (["--text", "x"], "--text"), (["--loop"], "--loop"), (["--out", "x.wav"], "--out")])
+def test_what_a_take_is_to_be_is_told_on_the_page(flags, named):
+    refused(command(sample_main, "--serve", *flags), "--serve", named, "--dtype --compile alone")
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "x", "1.5"])
@@ -236,6 +237,7 @@ def test_music_comes_in_pieces_and_is_kept(server, model, tmp_path, monkeypatch)
             assert np.abs(saved * np.abs(heard).max() / np.abs(saved).max() - heard).max() < 2e-4
     about = json.loads(server.get("/take/1.json")[1])
     assert about["text"] == EVIL and about["seed"] == 5 and about["settings"]["guidance"] == 2
+    assert about["dtype"] == "float32" and "--device cpu" in about["command"]       # how it was loaded
     (tmp_path / f"melody_{number}.wav").write_bytes(server.get(f"/melody/{number}.wav")[1])
     monkeypatch.chdir(tmp_path)
     worked(command(sample_main, *shlex.split(about["command"])[2:]))       # it makes the same file again

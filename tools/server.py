@@ -196,10 +196,10 @@ class Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def open_server(model, checkpoint, port: int):
-    """Inside, a server that is bound to the loopback address; its takes are gone afterwards."""
+def open_server(model, loading: dict, port: int):
+    """Inside, a server that is bound to the loopback address; its takes are gone afterwards. See `Studio`."""
     with tempfile.TemporaryDirectory(prefix="nanomusicgen-") as folder:
-        studio = Studio(model, checkpoint, folder)
+        studio = Studio(model, loading, folder)
         try:
             server = Server(("127.0.0.1", port), functools.partial(Handler, studio))
         except OSError as error:
@@ -210,10 +210,10 @@ def open_server(model, checkpoint, port: int):
         studio.close()
 
 
-def serve(model, checkpoint, port: int):
+def serve(model, loading: dict, port: int):
     """Serves the page until Ctrl-C, or until it is told to end, which leaves no files behind either."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with open_server(model, checkpoint, port) as server:
+    with open_server(model, loading, port) as server:
         host, port = server.server_address
         print(f"http://{host}:{port}    Ctrl-C ends it; save the takes that you want to keep", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

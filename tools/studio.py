@@ -1,6 +1,6 @@
 """What the page of tools/server.py asks for: melodies, a queue of wishes, and the takes that come of them.
 
-    studio = Studio(model, "checkpoints/tiny", folder)
+    studio = Studio(model, {"checkpoint": "checkpoints/tiny"}, folder)
     wish = check_wish({"text": "a slow flute", "duration": 5})
     for event in studio.play(wish):     # {"job", "queue"}, {"take", ...}, {"audio"}, ..., {"done"}
         ...
@@ -84,10 +84,13 @@ class Job:
 
 
 class Studio:
-    """The model, the queue in front of it, and the takes in a folder."""
+    """The model, the queue in front of it, and the takes in a folder.
 
-    def __init__(self, model, checkpoint: str, folder):
-        self.model, self.checkpoint, self.folder = model, str(checkpoint), Path(folder)
+    loading: the flags of sample.py that load this model; the command of each take repeats them.
+    """
+
+    def __init__(self, model, loading: dict, folder):
+        self.model, self.loading, self.folder = model, loading, Path(folder)
         self.melody_numbers, self.job_numbers = itertools.count(1), itertools.count(1)
         self.changed = threading.Condition()    # guards all that follows
         self.queue = []                         # jobs; the first one is being made
@@ -104,9 +107,10 @@ class Studio:
         """What the page must know of the model."""
         config = self.model.config
         words = config.t5_words.split() if config.t5 == "words" else None
-        shipped = self.checkpoint == str(DEFAULT_CHECKPOINT)
+        checkpoint = self.loading["checkpoint"]
+        shipped = checkpoint == str(DEFAULT_CHECKPOINT)
         settings = {flag: getattr(config, key) for flag, key in SETTINGS.items()}
-        return {"checkpoint": "the shipped model" if shipped else self.checkpoint,
+        return {"checkpoint": "the shipped model" if shipped else checkpoint,
                 "text": config.text != "none", "words": words, "melody": config.melody != "none",
                 "sample_rate": self.model.sample_rate, "settings": settings, "longest": MAX_DURATION}
 
@@ -255,8 +259,8 @@ class Studio:
         melody = None if wish["melody"] is None else self.melody_file(wish["melody"]).name
         prompt = None if wish["continue"] is None else self.take_file(wish["continue"]).name
         settings = {name: wish[name] for name in ("notes", "bpm", *SETTINGS)}
-        return Namespace(checkpoint=self.checkpoint, duration=duration, melody=melody, prompt=prompt,
-                         loop=False, stem=None, no_tags=False, **settings)
+        return Namespace(**self.loading, duration=duration, melody=melody, prompt=prompt, loop=False,
+                         stem=None, no_tags=False, **settings)
 
     def stop(self, number):
         with self.changed:
