@@ -5,7 +5,8 @@
 A chromagram adds up the energy of each pitch class over all octaves. Unreduced it lets the model copy the
 recording, so only the strongest class of each frame is kept ("argmax"): an information bottleneck that leaves
 the tune and hides the instrument. Frame m is centered at sample m * hop. At 32 kHz a window of 2^14 samples
-lasts half a second, and a hop of a quarter of that gives 7.8 frames per second.
+lasts half a second, and a hop of a quarter of that gives 7.8 frames per second. In a bright sound the class
+a fifth above is often the strongest: our tiny model is given `harmonic_sum` of data/stems.py instead.
 
     python chroma.py [FILE]     # draws a scale (or the first 30 s of FILE) before and after argmax
 """
@@ -90,10 +91,7 @@ class ChromaExtractor(nn.Module):
 
 
 def match_length(chroma, M, first=0):
-    """Chroma (B, m, Q) -> (B, M, Q) from frame `first` on: a shorter melody starts anew, a longer one is cut.
-
-    The melody prefix always has its length of training (as in audiocraft's generation wrapper).
-    """
+    """Chroma (B, m, Q) -> (B, M, Q) from frame `first` on: a short melody starts anew, a long one is cut."""
     frames = first + torch.arange(M, device=chroma.device)
     return chroma[:, frames % chroma.shape[1]]
 

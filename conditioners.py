@@ -149,8 +149,7 @@ class T5Conditioner(nn.Module):
         ids, mask = ids.to(device), mask.to(device)
         given = torch.tensor([bool(text) for text in texts])
         given = given.to(device)[:, None]                                   # (B, 1)
-        # T5 stays in float32: its feed-forward leaves the range of float16. A missing text still has its end
-        # token: a row without any token would give NaN.
+        # T5 stays in float32: its feed-forward leaves the range of float16. A row without a token gives NaN.
         learns = self.trained and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns), torch.autocast(device.type, enabled=False):
             output = self.encoder()(input_ids=ids, attention_mask=mask.long())

@@ -80,6 +80,7 @@ class Config:
     melody: str = architecture("prepend", "how the melody enters the language model", choices=FUSIONS)
     n_chroma: int = architecture(12, "Q, pitch classes", most=1024)
     radix2_exp: int = architecture(14, "the window has 2 ** radix2_exp samples", least=4, most=20)
+    harmonic_sum: bool = architecture(False, "notes by their harmonics, not by chroma: data/stems.py")
     stem: str = setting("auto", "that chroma is taken from", choices="auto none hpss demucs")
     n_eval_wavs: int = setting(100, "tracks whose melodies evaluation uses, each for another track")
     melody_dropout: float = fraction(0.5, "share of items trained without their melody")

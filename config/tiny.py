@@ -18,6 +18,7 @@ ratios = (5, 4, 4, 4)          # config/tiny_codec.py
 card = 512
 
 radix2_exp = 13                # window 8,192 samples, hop 2,048: 128 ms
+harmonic_sum = True            # hears bright sounds right, which chroma hears a fifth too high
 stem = "hpss"                  # for what a user gives; the melodies of the training set have no accompaniment
 melody_dropout = 0.5           # without a melody, the tempo is learned from the words
 

@@ -14,7 +14,7 @@ how often the track is drawn (1 is normal). What is ignored is named at the end,
 
     DIR/index.json        settings, and a list of tracks: file, place of its data, weight, meta (the captions)
     DIR/codes.NNNNN.u16   uint16 (frames, K); frame t is samples t * stride ... (t + 1) * stride of its track
-    DIR/chroma.NNNNN.u8   uint8 (chroma frames,): strongest pitch class; frame m is centered at sample m * hop
+    DIR/chroma.NNNNN.u8   uint8 (chroma frames,): pitch class of frame m, centered at sample m * hop; n_chroma: silence
     DIR/log.NNNNN.jsonl   the tracks that are finished
     DIR/settings.json     what all of them were made with
     DIR/skipped.txt       what could not be read, and why
@@ -51,7 +51,7 @@ from config import Config, load
 from data.audio import LOUD, read_audio, warn_once
 from data.captions import Track, parse_object, read_text, scan
 from data.shards import Shard, read_logs
-from data.stems import pick_stem, separate
+from data.stems import harmonic_sum, pick_stem, separate
 from encodec import EncodecModel
 from system.command import Parser, run
 from system.devices import pick_device
@@ -134,6 +134,8 @@ class Preparer:
         self.channels = config.channels
         self.notes = []     # on the last recording: sentences
         self.extractor = ChromaExtractor(codec.sample_rate, config.n_chroma, config.radix2_exp).to(device)
+        self.config = config
+        self.silence = config.n_chroma if config.harmonic_sum else 0    # 0: the argmax of no chroma at all
         # what separation and the chroma window see beyond a block; block and context are whole hops of both
         self.context = max(2 ** 16, 2 * self.extractor.window)
 
@@ -167,7 +169,7 @@ class Preparer:
         M = self.extractor.frames(samples)
         if problem := health.problem(path, self.codec.sample_rate):
             self.note(f"{path}: {problem}")
-        return codes, {name: fit(np.concatenate(parts), M) for name, parts in curves.items()}
+        return codes, {name: fit(np.concatenate(parts), M, self.silence) for name, parts in curves.items()}
 
     def blocks(self, path: Path):
         return blocks(path, self.codec.sample_rate, self.channels, self.context, self.block, self.note)
@@ -188,7 +190,12 @@ class Preparer:
     def pitch_classes(self, block: Block) -> np.ndarray:
         """The strongest pitch class of each chroma frame of a block, uint8."""
         stem = separate(block.wav.to(self.device), self.codec.sample_rate, self.stem)
-        return self.own_frames(self.extractor(stem[None])[0].argmax(-1), block)
+        if self.config.harmonic_sum:
+            one_hot = harmonic_sum(stem, self.config)[0]
+        else:
+            one_hot = self.extractor(stem[None])[0]
+        silent = one_hot.amax(-1) == 0
+        return self.own_frames(one_hot.argmax(-1).masked_fill(silent, self.silence), block)
 
     def own_frames(self, values: torch.Tensor, block: Block) -> np.ndarray:
         """Values at the chroma frames of block.wav -> those at frames centered in the block itself, uint8."""
@@ -202,9 +209,9 @@ def rows(codes) -> np.ndarray:
     return codes.permute(2, 1, 0).flatten(1).cpu().numpy().astype(np.uint16)
 
 
-def fit(curve: np.ndarray, M: int) -> np.ndarray:
-    """A curve cut to M frames, or continued with 0: pitch class 0 is what the argmax of silence is."""
-    return np.pad(curve[:M], (0, max(0, M - len(curve))))
+def fit(curve: np.ndarray, M: int, silence: int) -> np.ndarray:
+    """A curve cut to M frames, or continued with silence."""
+    return np.pad(curve[:M], (0, max(0, M - len(curve))), constant_values=silence)
 
 
 # --- the folder of prepared data --------------------------------------------------------------------------
@@ -221,6 +228,7 @@ def check_settings(out: Path, settings: dict):
         before = parse_object(read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: {error}; choose another --out, or delete {out}") from None
+    before.setdefault("harmonic_sum", False)    # older than that key
     for key in settings.keys() - {"codec"}:  # the name may change, the weights may not
         if before.get(key) != settings[key]:
             raise UserError(f"{out}: was prepared with {key} = {before.get(key)}, now it is {settings[key]}; "
@@ -354,7 +362,8 @@ def resolve_settings(args) -> tuple[Config, EncodecModel, dict]:
     settings = dict(
         version=1, sample_rate=codec.sample_rate, channels=config.channels, n_q=config.n_q, card=config.card,
         stride=codec.stride, frame_rate=codec.frame_rate, n_chroma=config.n_chroma,
-        radix2_exp=config.radix2_exp, hop=config.hop, stem=pick_stem(config.stem),
+        radix2_exp=config.radix2_exp, hop=config.hop, harmonic_sum=config.harmonic_sum,
+        stem=pick_stem(config.stem),
         codec_sha256=weights.hexdigest(), codec=config.codec)
     return config, codec, settings
 

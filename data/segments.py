@@ -208,10 +208,12 @@ class TokenSegments:
         first = track["codes_start"] + start // self.stride
         codes = self.shards[track["shard"]]["codes"][first:first + self.T].T.astype(np.int64)
         classes = self.curve(track, "chroma", start) if config.melody != "none" else None
-        if codes.max() >= config.card or classes is not None and classes.max() >= config.n_chroma:
+        if codes.max() >= config.card or classes is not None and classes.max() > config.n_chroma:
             raise UserError(f"{config.data_dir}: {where} has codes beyond card = {config.card}, or pitch "
                             f"classes beyond {config.n_chroma}; the shard is damaged, prepare it again")
-        melody = None if classes is None else F.one_hot(classes, config.n_chroma).float()
+        melody = None
+        if classes is not None:     # class Q is silence: no class at all
+            melody = F.one_hot(classes, config.n_chroma + 1)[:, :-1].float()
         conditions = {"text": track["meta"].get("description"), "melody": melody}
         if rng is not None:
             text = augment_description(track["meta"], config, rng)

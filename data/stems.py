@@ -1,4 +1,4 @@
-"""The melody's stem of a recording: without drums and bass, which would win the argmax of the chroma.
+"""The melody's stem of a recording, without drums and bass, and the notes that are heard in it.
 
     from data.stems import separate
     stem = separate(wav, sample_rate, "auto")       # (C, L) -> (1, L)
@@ -104,6 +104,83 @@ def _median(x, size: int):
     padded = np.pad(x, ((0, 0), (half, half)), mode="edge")
     median = median_filter(padded.ravel(), size=size)  # as one long row: scipy is several times faster in 1-D
     return median.reshape(padded.shape)[:, half:-half]
+
+
+# --- the notes of a stem ------------------------------------------------------------------------------------
+
+HARMONICS = [0.7 ** h for h in range(8)]    # weights of the first eight harmonics of a pitch
+LOWEST_NOTE, HIGHEST_NOTE = 130, 2100       # Hz: C3 to C7
+CHANGE = 0.05                               # the salience that a change of note costs
+QUIET = 0.01                                # level of silence over that of the loudest frame: -40 dB
+
+
+def harmonic_sum(wavs, config):
+    """Stems (B, L) -> pitch classes of their notes, one-hot (B, M, Q), M = L // hop + 1; zeros where silent.
+
+    What a configuration with harmonic_sum = True takes for chroma. Chroma counts each partial for its own
+    class, and hears a bright sound, whose third harmonic is the loudest, a fifth too high. Here a pitch is as
+    strong as its harmonics together. Pitches are a semitone apart (for Q = 12) in the recording's tuning. A
+    frame sees 0.13 s, where that of chroma sees 0.5 s.
+    """
+    hop = 2 ** config.radix2_exp // 4       # as in chroma.py
+    notes = [_notes(wav.cpu().float(), config.sample_rate, hop, config.n_chroma) for wav in wavs]
+    return torch.stack(notes).to(wavs.device)
+
+
+def _notes(wav, sample_rate: int, hop: int, Q: int):
+    """Stem (L,) -> one-hot (M, Q)"""
+    window = 2 ** round(math.log2(sample_rate * 0.128))
+    n_fft = 4 * window                      # zeros around it: the nearest bin is near enough
+    hann = torch.hann_window(window)
+    spectrum = torch.stft(wav, n_fft, hop, window, hann, pad_mode="constant",
+                          return_complex=True).abs()                        # (bins, M)
+    level = spectrum.square().sum(0).sqrt()
+    sounds = level > QUIET * level.max()
+    spectrum = spectrum / spectrum.amax(0).clamp(min=1e-9)
+    frequency = torch.arange(len(spectrum)) * sample_rate / n_fft
+    tuning = _tuning(spectrum, frequency, Q)
+
+    # the square root lets many weak harmonics count; the bell over octaves plays down bass and treble
+    octave = torch.log2(frequency.clamp(min=1) / 1200)
+    loudness = spectrum.sqrt() * torch.exp(-0.5 * (octave / 2) ** 2)[:, None]
+    first = math.ceil(Q * math.log2(LOWEST_NOTE / 440))                     # in steps from A4
+    last = math.floor(Q * math.log2(HIGHEST_NOTE / 440))
+    steps = torch.arange(first, last + 1)
+    pitch = 440 * 2 ** ((steps + tuning) / Q)                               # Hz
+    salience = torch.zeros(len(steps), spectrum.shape[1])
+    for h, weight in enumerate(HARMONICS, start=1):
+        nearest = (h * pitch * n_fft / sample_rate).round().long()
+        inside = nearest < len(spectrum)
+        salience[inside] += weight * loudness[nearest[inside]]
+    path = _steadiest_path(salience / sum(HARMONICS))
+    classes = (steps[path] - 3 * (Q // 12)) % Q                             # A first -> C first
+    return F.one_hot(classes, Q) * sounds[:, None].float()
+
+
+def _tuning(spectrum, frequency, Q: int) -> float:
+    """How far the peaks of a spectrum (bins, M) lie above the notes of A4 = 440 Hz: -0.5 to 0.5 of a step."""
+    band = (frequency > 150) & (frequency < 2500)
+    spectrum, frequency = spectrum[band], frequency[band]
+    inner = spectrum[1:-1]
+    peak = (inner > spectrum[:-2]) & (inner >= spectrum[2:]) & (inner > 0.1)
+    angle = 2 * math.pi * Q * torch.log2(frequency[1:-1, None] / 440)       # a whole turn from note to note
+    turn = torch.polar(inner * peak, angle.expand_as(inner)).sum()
+    return float(turn.angle() / (2 * math.pi))
+
+
+def _steadiest_path(salience):
+    """The strongest way through salience (pitches, M), where each change of pitch costs CHANGE -> (M,)."""
+    stay = torch.arange(len(salience))
+    score, before = salience[:, 0], []
+    for column in salience.T[1:]:
+        best = score.argmax()
+        change = score < score[best] - CHANGE
+        before.append(torch.where(change, best, stay))
+        score = torch.where(change, score[best] - CHANGE, score) + column
+    path = [int(score.argmax())]
+    for origin in reversed(before):
+        path.append(int(origin[path[-1]]))
+    return torch.tensor(path[::-1])
 
 
 # --- demucs, an optional package ---------------------------------------------------------------------------

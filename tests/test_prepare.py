@@ -14,10 +14,11 @@ import torch
 
 from chroma import ChromaExtractor
 from commands import exit_code, text_of, two_of, wait_until_written
-from config import Config
+from config import Config, load
 from constants import ROOT
 from data import prepare
 from data.audio import read_audio
+from data.segments import TokenSegments
 from data.shards import Shard, shard_files
 from data.stems import separate
 from encodec import EncodecModel
@@ -25,8 +26,8 @@ from system.errors import UserError
 
 SR, STRIDE, HOP = 8000, 64, 256     # the grid of segments is lcm(64, 256) = 256 samples
 CPU = torch.device("cpu")
-KEYS = set("""version sample_rate channels n_q card stride frame_rate n_chroma radix2_exp hop stem codec
-    codec_sha256 shards tracks""".split())
+KEYS = set("""version sample_rate channels n_q card stride frame_rate n_chroma radix2_exp hop
+    harmonic_sum stem codec codec_sha256 shards tracks""".split())
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,32 @@ def test_prepared_equals_on_the_fly(folder, codec_dir, reference):
         wav = read_audio(folder / file, SR, 1)
         assert np.array_equal(codes.T, codec.encode(wav[None])[0])
         assert np.array_equal(classes, pitch_classes(wav))
+
+
+def test_silence_is_a_class_of_its_own_with_the_harmonic_sum(folder, codec_dir, tmp_path):
+    """... and no class at all in a segment; where a melody of its own ends early, too."""
+    codec = EncodecModel.from_pretrained(codec_dir)
+    config = Config(sample_rate=SR, radix2_exp=10, harmonic_sum=True)
+    note = np.sin(2 * np.pi * 440 * np.arange(2 * SR) / SR)
+    write(tmp_path / "a.wav", 0.3 * np.concatenate([note, np.zeros(SR), note]))
+    write(tmp_path / "short.wav", 0.3 * note[:SR])
+    preparer = prepare.Preparer(codec, config, "none", CPU)
+    _, curves = preparer(tmp_path / "a.wav", tmp_path / "a.wav")
+    second, edge = SR // HOP, 4
+    assert set(curves["chroma"][:2 * second - edge]) == {9}
+    assert set(curves["chroma"][2 * second + edge:3 * second - edge]) == {12}
+    _, curves = preparer(tmp_path / "a.wav", tmp_path / "short.wav")
+    assert set(curves["chroma"][second + edge:]) == {12}
+
+    items = tmp_path / "tiny.py"
+    items.write_text('sample_rate = 8000\nratios = (8, 8)\nn_q = 2\ncard = 16\ndelays = (0, 1)\n'
+                     'radix2_exp = 10\nharmonic_sum = True\nstem = "none"\nsegment_duration = 5.0\n')
+    argv = [tmp_path, "--out", tmp_path / "out", "--codec", codec_dir, "--config", items]
+    assert prepare.main([str(arg) for arg in argv]) == 0
+    config = load([str(items), f"--data_dir={tmp_path / 'out'}"])
+    data = TokenSegments(config, "train")
+    sums = data.segment(data.tracks[0], 0)["conditions"]["melody"].sum(-1)
+    assert sums[:2 * second - edge].all() and not sums[2 * second + edge:3 * second - edge].any()
 
 
 def test_a_segment_has_the_chroma_of_its_piece_of_the_track(folder, reference):

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from chroma import ChromaExtractor
+from config import Config
 from data import stems
-from data.stems import hpss, pick_stem, separate
+from data.stems import harmonic_sum, hpss, pick_stem, separate
 from evaluation.metrics import chroma_agreement
 from system.errors import UserError
 
 SR = 16000
+CONFIG = Config(sample_rate=SR, radix2_exp=13)
 
 
 # --- hpss -------------------------------------------------------------------------------------------------
@@ -78,6 +80,47 @@ def test_any_length_and_silence(L, stem):
 def test_an_unknown_stem_is_refused():
     with pytest.raises(UserError, match="stem = 'drums'.*auto, none, hpss, demucs"):
         separate(torch.zeros(1, 1000), SR, "drums")
+
+
+# --- the notes of a stem ----------------------------------------------------------------------------------
+
+def bright_scale(cents=0.0):
+    """A scale from A3, a quarter of a second each, whose third harmonic is the loudest -> (1, L), pitches."""
+    pitches = [57, 59, 61, 62, 64, 66, 68, 69, 71, 73, 74, 76, 78, 80, 81]
+    t = np.arange(SR // 2) / SR
+    notes = []
+    for pitch in pitches:
+        f = 440 * 2 ** ((pitch + cents / 100 - 69) / 12)
+        levels = {1: 0.3, 2: 0.4, 3: 1.0, 4: 0.5}
+        notes.append(sum(level * np.sin(2 * np.pi * f * h * t) for h, level in levels.items()))
+    wave = 0.2 * np.concatenate(notes)
+    wave += 0.01 * np.random.default_rng(0).standard_normal(len(wave))
+    return torch.from_numpy(wave.astype(np.float32))[None], torch.tensor(pitches)
+
+
+@pytest.mark.parametrize("cents", [0, 35, -40])
+def test_the_harmonic_sum_hears_bright_sounds_in_any_tuning(cents):
+    """Chroma hears them a fifth too high."""
+    wav, pitches = bright_scale(cents)
+    hop = CONFIG.hop
+    note = torch.arange(wav.shape[1] // hop + 1) * hop / (SR // 2)      # which one is at a frame's center
+    inside = (note - note.round()).abs() > 0.15                         # not near its ends
+    classes = pitches[note.long().clamp(max=len(pitches) - 1)] % 12
+
+    def right(one_hot):
+        return (one_hot.argmax(-1) == classes)[inside].float().mean()
+    assert right(harmonic_sum(wav, CONFIG)[0]) == 1
+    assert right(ChromaExtractor(SR, radix2_exp=13)(wav)[0]) < 0.5
+
+
+def test_what_is_silent_has_no_note():
+    wav, _ = bright_scale()
+    wav[:, SR:2 * SR] *= 1e-3
+    notes = harmonic_sum(wav, CONFIG)[0].sum(-1)
+    assert not notes[9:15].any() and notes[:7].all() and notes[17:].all()
+    for L in (1, 5000):
+        silence = harmonic_sum(torch.zeros(2, L), CONFIG)
+        assert silence.shape == (2, L // 2048 + 1, 12) and not silence.any()
 
 
 # --- demucs -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import os
 import struct
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, 
 from chroma import ChromaExtractor
 from config import Config, without_former_keys
 from data.audio import read_audio
-from data.stems import separate
+from data.stems import harmonic_sum, separate
 from evaluation.metrics import chroma_agreement
 from sampling.melodies import again, notes_of
 from system.command import Parser, run
@@ -217,6 +218,8 @@ def write_page(path, outs, command: str = ""):
         metadata, config = read_metadata(out.with_suffix(".json"))
         rate, stem = config.sample_rate, metadata.get("stem") or config.stem
         one_class = ChromaExtractor(rate, config.n_chroma, config.radix2_exp)
+        if config.harmonic_sum:
+            one_class = partial(harmonic_sum, config=config)
         all_classes = ChromaExtractor(rate, config.n_chroma, config.radix2_exp, argmax=False)
         wav, asked = read_audio(out, rate, config.channels), None           # (C, L)
         notes = notes_of(*(metadata.get(key) for key in ("notes", "melody", "bpm", "meter")))
