@@ -201,7 +201,7 @@ class MusicGen:
         codes = prompt.to(self.lm.emb.weight.device)
         yield codes
         for n, (start, known, end) in enumerate(windows(T, prompt.shape[-1], longest, stride)):
-            before = codes.shape[-1] - (known - start)
+            before = codes.shape[-1] - known + start
             codes = codes[..., before:]         # what is before the window is not needed any more
             conditions = self.window_conditions(descriptions, chromas, start)
             passes = condition_passes(self.lm, conditions, end - start, settings.guidance, settings.two_step)
@@ -209,7 +209,7 @@ class MusicGen:
             window_seeds = [seed + 1_000_003 * n for seed in seeds]     # far from those of other items
             for new in stream_window(self.lm, passes, end - start, window_seeds, codes, settings):
                 codes = torch.cat([codes, new], dim=-1)
-                yield new
+                yield new.clone()               # not of inference mode: callers may change it
 
     def frames(self, duration):
         """T of so many seconds."""
@@ -277,7 +277,7 @@ def generate(lm, passes, T, seeds, prompt=None, **settings):
     return torch.cat([prompt, *new], dim=-1)
 
 
-@inference_steps
+@torch.inference_mode()
 def stream_window(lm, passes, T, seeds, prompt, settings):
     """Continues a prompt (B, K, T0), which may be empty, to T frames, under `condition_passes`.
 

@@ -169,6 +169,12 @@ def test_nothing_is_made_before_it_is_asked_for_or_after_a_stream_is_closed(musi
     assert musicgen.generate(["x"], duration=0.1).shape == (1, 1, 800)
 
 
+def test_what_a_stream_gives_may_be_changed(musicgen):
+    for given in (musicgen.stream_codes(["x"], duration=0.1), musicgen.stream(["x"], duration=0.1)):
+        for piece in given:
+            piece += 1
+
+
 def test_memory_does_not_grow_with_the_length(musicgen):
     """After each window a stream holds as many numbers as after the one before it."""
     held = []
