@@ -34,8 +34,9 @@ class PackedLinear(nn.Module):
         weight, scale = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype), None)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        # of products of many rows
+        # of products of many rows, and of their results
         self.many = torch.bfloat16 if dtype != torch.float32 and has_bfloat16() else torch.float32
+        self.results = torch.float32
 
     def forward(self, x):
         return self.rows(x, 0, len(self.weight))
@@ -58,8 +59,8 @@ class PackedLinear(nn.Module):
             return y
         if few:
             return few_rows(x.flatten(0, -2), weight, scale).view(*x.shape[:-1], R).float()
-        y = product(x.to(self.many), weight.to(self.many)).float()
-        return y if scale is None else y * scale
+        y = product(x.to(self.many), weight.to(self.many)).to(self.results)
+        return y if scale is None else y.mul_(scale.to(y.dtype))
 
 
 def few_rows(x, weight, scale):
@@ -155,13 +156,14 @@ class PackedLayerCache:
         S, E = q.shape[2:]
         for new, data, scale in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
             if data.dtype == torch.int8:
-                new, scale[:, :, :S] = quantize_rows(new)
+                new, scale[:, :, :S] = quantize_rows(new.float())
             data[:, :, :S] = new
         if self.k.dtype != torch.float32 and has_bfloat16():
             bias = self.cache.padding_bias
             if bias is not None:
                 bias = bias[..., :S].bfloat16()
-            return block_attention((q * E ** -0.5).bfloat16(), k.bfloat16(), v.bfloat16(), bias).float()
+            q, k, v = (t.bfloat16().contiguous() for t in (q * E ** -0.5, k, v))
+            return block_attention(q, k, v, bias)
         bias = self.cache.bias(S)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
@@ -230,6 +232,10 @@ def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:
         lm.__class__ = PackedLMModel
     elif not kernels() and lm.lm_heads.weight.dtype != torch.float32:
         lm.__class__ = HalfCacheLMModel
+    if isinstance(lm, PackedLMModel | HalfCacheLMModel):
+        for layer in lm.layers:
+            for module in (layer.attn.qkv, layer.ff1):
+                module.results = module.many    # the next product would round them to that anyway
     return lm
 
 
