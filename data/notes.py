@@ -136,13 +136,18 @@ def parse_bars(text: str, eighths_per_beat):
                 octaves = octave.count("'") - octave.count(",")
                 sharps = {"#": 1, "b": -1, "": 0}[accidental]
                 pitch = 60 + PITCHES[letter] + sharps + 12 * octaves
-            if tied and notes[-1][0] == pitch:
+            if tied and notes[-1][0] != pitch:
+                raise UserError(f"bar {number}, note {place}: the note before it is tied (~) to {word!r}, "
+                                f"which has another pitch")
+            if tied:
                 notes[-1][1] += length
             else:
                 notes.append([pitch, length])
             tied = match[6] == "~"
             total += length
         bars.append(total)
+    if tied:
+        raise UserError(f"bar {number}, note {place}: it is tied (~), and no note follows")
     return [(pitch, float(length)) for pitch, length in notes], [float(total) for total in bars]
 
 

@@ -320,6 +320,10 @@ def read_prompt(model, args, B: int):
         seconds = args.prompt_seconds or args.duration + 1      # of a recording that may last hours
         wav = read_audio(args.prompt, model.sample_rate, model.config.channels, args.prompt_from or 0.0,
                          seconds)
+        found = wav.shape[-1] / model.sample_rate
+        if args.prompt_seconds and found < args.prompt_seconds - 0.01:
+            print(f"Note: --prompt {args.prompt}: ends after {found:.2f} s of the {args.prompt_seconds:g} s "
+                  f"of --prompt_seconds", file=sys.stderr)
         with naming(f"--prompt {args.prompt}"):
             codes = model.encode_prompt(wav, None, B)
         if codes.shape[-1] >= model.frames(args.duration):

@@ -55,8 +55,13 @@ class Pipe:
     def write(self, wav):
         samples = wav.T.numpy()                                             # (l, C)
         samples = samples.astype("<f4") if self.raw else to_int16(samples).astype("<i2")
-        self.file.write(self.header + samples.tobytes())
-        self.file.flush()
+        try:
+            self.file.write(self.header + samples.tobytes())
+            self.file.flush()
+        except BrokenPipeError:     # nobody listens any more: system/command.py ends the work quietly
+            raise
+        except OSError as error:
+            raise UserError(f"--out -: cannot be written ({error.strerror})") from None
         self.header = b""
 
     def __enter__(self):

@@ -50,6 +50,14 @@ def test_stdout_is_the_music_and_nothing_else(asked, world, tmp_path):
     assert not list(tmp_path.iterdir()), "neither a file nor a JSON"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone has /dev/full")
+def test_a_full_disk_is_told(asked, tmp_path):
+    with open("/dev/full", "wb") as full, open(tmp_path / "err", "w+b") as err:
+        argv = [*asked, "--duration", "0.1", "--out", "-"]
+        assert exit_code(start(sample_main, *argv, out=full, err=err)) == 2
+        assert text_of(err).splitlines()[-1].endswith("--out -: cannot be written (No space left on device)")
+
+
 def test_a_closed_pipe_ends_it_quietly(asked, tmp_path):
     with pipe() as (out, to_out), open(tmp_path / "err", "w+b") as err:
         begun = time.monotonic()

@@ -57,6 +57,7 @@ def test_notation_reads_as_its_description_says():
 
 @pytest.mark.parametrize("text, words", [
     ("c2 | d2 h2", "bar 2, note 2: 'h2'"), ("c0", "'c0'"), ("c/0", "'c/0'"),
+    ("c2 d2~ | c2", "bar 2, note 1: .*tied"), ("c2 d2~", "bar 1, note 2: it is tied"),
     ("", "no note"), ("r8 | r8", "no note"), ("c2 c99999", "'c99999'"), ("c8 | d4 | e8", "bar 2 has 2 beats"),
     ("c8 | d8 e | f8", "bar 2 has 4.5 beats"), ("c'''''''", "midi pitch"), ("C2", "'C2'")])
 def test_a_wrong_note_is_told_with_its_place(text, words):
@@ -348,6 +349,10 @@ def test_a_part_of_a_recording_as_prompt(world, tmp_path):
     refused(sampling(world, "--out", "a.wav", "--prompt", "long.wav", cwd=tmp_path), "--prompt_seconds")
     part = ["--prompt", "long.wav", "--prompt_from", "1", "--prompt_seconds", "0.1"]
     worked(sampling(world, "--out", "a.wav", *part, "--duration", "0.2", cwd=tmp_path))
+    more = sampling(world, "--out", "c.wav", "--prompt", "part.wav", "--prompt_seconds", "0.15",
+                    "--duration", "0.2", cwd=tmp_path)
+    worked(more)
+    assert "ends after 0.10 s of the 0.15 s" in more.err
     worked(sampling(world, "--out", "b.wav", "--prompt", "part.wav", "--duration", "0.2", cwd=tmp_path))
     a, b = (soundfile.read(tmp_path / name)[0] for name in ("a.wav", "b.wav"))
     assert np.abs(a - b).max() < 1e-3
