@@ -25,7 +25,7 @@ from lm import LMModel
 from sampling.live import check_live, live_outputs
 from sampling.loading import DTYPES, codec_of
 from sampling.loops import lead_of, make_loop
-from sampling.melodies import notes_of, read_melodies, settle_duration
+from sampling.melodies import flags_alone, notes_of, read_melodies, settle_duration
 from sampling.takes import (DEFAULT_CHECKPOINT, files_of, metadata, output_names, read_codes, tags_of,
                             write_codes)
 from system.command import Parser
@@ -162,7 +162,7 @@ def main(MusicGen, argv):
         interrupted = catch_interrupt() if args.keep_partial else []
         take = make(model, args, texts, chromas, prompt, seeds, lead, live, interrupted)
         if outs:
-            write_results(model, args, take, outs, texts, melodies, seeds)
+            write_results(model, args, take, outs, texts, melodies, notes, seeds)
         if args.page:
             write_page(page, outs, "python sample.py " + shlex.join(argv))
             print(page)
@@ -218,13 +218,14 @@ def make(model, args, texts, chromas, prompt, seeds, lead: float, live: list, in
     return Take(seconds, torch.cat(made, dim=-1), wav)
 
 
-def write_results(model, args, take: Take, outs, texts, melodies, seeds):
+def write_results(model, args, take: Take, outs, texts, melodies, notes, seeds):
     """Writes the files of each item, audio, codes and JSON, and prints the names."""
     for i, out in enumerate(outs):
         write_audio(out, take.wav[i], model.sample_rate, tags_of(args, texts[i], seeds[i]))
         if args.save_codes:
             write_codes(out.with_suffix(".npz"), take.codes[i])
-        about = metadata(args, texts[i], melodies[i], seeds[i], out, model.config)
+        flags = flags_alone(args, notes[i], notes)
+        about = metadata(flags, texts[i], melodies[i], seeds[i], out, model.config)
         write_atomic(out.with_suffix(".json"), about.encode())
         print(out)
 

@@ -34,7 +34,8 @@ def make_loop(wav, rate: int, lead: float, length: float):
     """Wave (C, lead and loop) -> the loop (C, L), its end faded into that of the lead, and where (s)."""
     start, L, fade = round(lead * rate), round(length * rate), round(FADE * rate)
     if wav.shape[-1] < start + L or min(start, L) < 2 * fade:
-        raise UserError(f"a loop of {length:g} s needs as much music, and {2 * FADE:g} s at least")
+        raise UserError(f"a loop of {length:g} s takes {lead + length:g} s of music, its lead included, and "
+                        f"lasts {2 * FADE:g} s at least")
     loop = wav[:, start:start + L].clone()
     window = min(start, L) // 2         # in its first half the lead is still beginning
     before, end = wav[:, start - window:start], loop[:, L - window:]        # both end at the join

@@ -5,14 +5,15 @@
     --notes "e2 e2 f2 g2" --bpm 100         typed notes (data/notes.py); they begin anew on their bar
 """
 import dataclasses
+from argparse import Namespace
 
 import numpy as np
 import torch
 
 from data.audio import read_audio
-from data.notes import Notes, beat_and_bar, parse_meter, parse_notes
+from data.notes import FASTEST, SLOWEST, Notes, beat_and_bar, parse_meter, parse_notes
 from data.scores import is_notes, read_notes
-from sampling.loops import loop_times
+from sampling.loops import FADE, loop_times
 from system.errors import UserError, naming
 
 BPM, METER, DURATION = 120.0, "4/4", 10.0       # defaults
@@ -47,8 +48,8 @@ def bar_seconds(args, notes) -> float | None:
 def settle_duration(args, notes, longest: float):
     """Sets args.duration, whole bars with --bars and --loop. Raises UserError for flags that clash."""
     known = any(melody is not None for melody in notes)
-    if args.bpm is not None and not 5 <= args.bpm <= 1000:
-        raise UserError(f"--bpm {args.bpm:g}: must be from 5 to 1000")
+    if args.bpm is not None and not SLOWEST <= args.bpm <= FASTEST:
+        raise UserError(f"--bpm {args.bpm:g}: must be from {SLOWEST} to {FASTEST}")
     if args.bars and args.duration:
         raise UserError("--bars and --duration: give one of the two")
     if args.meter and not args.notes and known:
@@ -56,6 +57,8 @@ def settle_duration(args, notes, longest: float):
     if (args.bpm or args.meter) and not (known or args.bars or args.loop):
         raise UserError("--bpm and --meter say how notes, --bars or --loop are counted; give one of these, "
                         "or put the tempo into --text")
+    if args.meter and not (known or args.bpm):
+        raise UserError(f"--meter {args.meter}: says how many beats a bar has; give their tempo, too: --bpm")
     if not (args.bars or args.loop):
         args.duration = args.duration or DURATION
         return
@@ -67,7 +70,23 @@ def settle_duration(args, notes, longest: float):
         duration = max(1, round(duration / bar)) * bar
     if duration > longest:
         raise UserError(f"{duration:.0f} s are too long; at most {longest:.0f} s")
+    if args.loop and duration < 2 * FADE:
+        raise UserError(f"--loop: {duration:g} s are too short; a loop has {2 * FADE:g} s at least")
     args.duration = duration
+
+
+def flags_alone(args, item, notes) -> Namespace:
+    """The flags that make one item of a batch, whose notes are `item`, alone.
+
+    Where it has none, bars are those of the others' notes, which it must be told; without --bars no tempo.
+    """
+    others = [melody for melody in notes if melody is not None]
+    if item is not None or not others:
+        return args
+    flags = vars(args) | {"bpm": None, "meter": None}
+    if args.bars:
+        flags |= {"bpm": others[0].bpm, "meter": f"{others[0].bar}/4"}      # a beat of any length does
+    return Namespace(**flags)
 
 
 # --- chroma -----------------------------------------------------------------------------------------------

@@ -322,6 +322,22 @@ def test_notes_on_the_command_line_give_whole_bars_and_a_command_that_gives_them
     assert (tmp_path / "a.wav").read_bytes() == first
 
 
+@pytest.mark.parametrize("flags", [
+    ["--melody", "tune.abc", "--melody", "", "--bars", "2"],
+    ["--melody", "", "--melody", "tune.abc", "--bpm", "900"],
+    ["--notes", "c4 | d3 e3", "--notes", "", "--bpm", "700", "--meter", "3/4", "--loop"]])
+def test_an_item_of_a_batch_without_notes_is_made_again_by_its_command(world, tmp_path, flags):
+    (tmp_path / "tune.abc").write_text("M:6/8\nL:1/8\nQ:3/8=333\nK:C\nC3E3|")
+    length = ["--duration", "0.9"] if "--bars" not in flags else []
+    texts = ["--text", "a", "--text", "b"]
+    worked(sampling(world, "--out", "a.wav", *texts, *flags, *length, cwd=tmp_path))
+    for out in (tmp_path / "a_0.wav", tmp_path / "a_1.wav"):
+        first, again = soundfile.read(out)[0], shlex.split(asked(out)["command"])[2:]
+        worked(command(sample_main, *again, "--overwrite", cwd=tmp_path))
+        second = soundfile.read(out)[0]
+        assert first.shape == second.shape and np.abs(first - second).max() < 1e-3
+
+
 def test_files_of_notes_and_a_page_of_them(world, tmp_path):
     (tmp_path / "tune.abc").write_text("M:2/4\nL:1/4\nQ:1/4=600\nK:C\nCE|")
     worked(sampling(world, "--out", "a.wav", "--melody", "tune.abc", "--page", "page", cwd=tmp_path))
@@ -333,7 +349,8 @@ def test_files_of_notes_and_a_page_of_them(world, tmp_path):
     (["--notes", "c2", "--melody", "x.wav"], "give one of the two"),
     (["--melody", "gone.abc"], "gone.abc"), (["--bars", "2"], "needs a tempo"),
     (["--bpm", "2", "--bars", "1"], "--bpm"),
-    (["--bpm", "100"], "--bpm"), (["--notes", "c2", "--meter", "x"], "'x' is no meter"),
+    (["--bpm", "100"], "--bpm"), (["--loop", "--meter", "3/4"], "--meter 3/4"),
+    (["--notes", "c2", "--meter", "x"], "'x' is no meter"),
     (["--bars", "0", "--bpm", "100"], "--bars"), (["--bars", "9999", "--bpm", "20"], "too long"),
     (["--prompt_from", "1"], "--prompt_from"), (["--loop", "--save_codes"], "--loop and --save_codes"),
     (["--bars", "1", "--bpm", "99", "--duration", "1"], "--bars and --duration")])
@@ -399,4 +416,5 @@ def test_a_loop_of_the_shipped_model_has_no_seam():
 def test_a_loop_on_the_command_line(world, tmp_path):
     worked(sampling(world, "--out", "a.wav", "--loop", "--duration", "0.9", cwd=tmp_path))
     assert soundfile.info(tmp_path / "a.wav").frames == round(0.9 * RATE)
-    refused(sampling(world, "--out", "b.wav", "--loop", "--duration", "0.3", cwd=tmp_path), "a loop of 0.3 s")
+    with pytest.raises(UserError, match="a loop of 0.3 s takes 0.6 s"):
+        make_loop(torch.zeros(1, 900), 1000, 0.3, 0.3)

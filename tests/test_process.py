@@ -52,6 +52,7 @@ BEFORE_THE_MODEL = {    # flags of sample.py, what the sentence names
     "ending": ("--out y.m4a", "ffmpeg -i X.flac X.m4a"),
     "rate": ("--out y.mp3 --checkpoint odd", "2000 Hz"),
     "page": ("--page 0.wav/page", "0.wav/page"),
+    "loop": ("--loop --duration 0.3", "--loop: 0.3 s"),
     "export": ("--export 0.wav/x", "0.wav/x"),
     "export for transformers": ("--export_hf 0.wav/x", "0.wav/x"),
 }
