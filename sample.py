@@ -10,7 +10,7 @@ The life of a sample (`MusicGen.generate`; `MusicGen.stream` gives it in pieces,
     melody wav --separate, ChromaExtractor--> chroma (M, Q)      text ----------.
     condition_passes(conditions) ------------> Conditions of 2B rows: with the conditions, and without
     stream_window(...), one after the other -> codes (B, K, t)   one column of the pattern at a time
-    codec.decode or codec.decode_stream -----> wav (B, C, L)     written beside a JSON that reproduces it
+    codec.decode_stream ---------------------> wav (B, C, L)     written beside a JSON that reproduces it
 
 The model knows segments of one length. Longer music is made in windows of that length (`windows`): each
 continues the last codes of the one before, and the melody moves with it.

@@ -261,6 +261,8 @@ def is_notes(path) -> bool:
 def read_notes(path) -> Notes:
     """A file of notes -> Notes. Raises UserError naming the file and the place of what cannot be read."""
     path = Path(path)
+    if not is_notes(path):
+        raise UserError(f"{path}: notes are read from files that end in {' '.join(PARSERS)}")
     if not path.is_file():
         raise UserError(f"{path}: no such file of notes")
     with open(path, "rb") as file:

@@ -174,7 +174,7 @@ def test_a_recording_becomes_a_melody(server, loaded):
 @pytest.mark.parametrize("content", [b"no sound, but text", b"", b"RIFF\0\0\0\0WAVE", recording()[:44]])
 def test_what_is_no_recording_is_refused(server, content):
     status, told = server.post("/melody", content)
-    assert status == 400 and told["error"].startswith("the recording: ") and "/tmp" not in told["error"]
+    assert status == 400 and told["error"].startswith("the recording: ") and "tmp" not in told["error"]
     assert not server.studio.melodies and not list(server.studio.folder.iterdir())
 
 
@@ -251,7 +251,7 @@ def test_notes(server):
         events[-1]["done"]["finished"]
     about = json.loads(server.get("/take/1.json")[1])
     assert about["notes"] == "c4 a4" and about["bpm"] == 600 and "--notes 'c4 a4'" in about["command"]
-    assert "note 2" in server.play(SHORT | {"notes": "c4 h4"})[-1]["error"]
+    assert server.play(SHORT | {"notes": "c4 h4"})[-1]["error"].startswith("notes: bar 1, note 2")
 
 
 def test_a_take_is_continued(server):
@@ -268,7 +268,8 @@ def test_a_take_is_continued(server):
     ({"duration": 301}, "duration"), ({"duration": 0}, "duration"), ({"duration": "5"}, "duration"),
     ({"duration": float("nan")}, "duration"), ({"seed": -1}, "seed"), ({"seed": 1.5}, "seed"),
     ({"seed": True}, "seed"), ({"melody": "../x"}, "melody"), ({"continue": 1e99}, "continue"),
-    ({"guidance": float("inf")}, "guidance"), ({"top_p": 2}, "top_p"), ({"out": "/etc/x"}, "out"),
+    ({"guidance": float("inf")}, "guidance"), ({"top_p": 2}, "top_p"), ({"bpm": 90}, "bpm"),
+    ({"melody": 1, "notes": "c"}, "melody"), ({"out": "/etc/x"}, "out"),
     ("[]", "JSON object"), ("{", "JSON object"), ("[" * 60_000, "JSON object"), ("", "JSON object"),
     ('{"seed": ' + "9" * 5000 + "}", "seed|JSON object")])
 def test_a_bad_wish_is_told(server, wish, named):

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from data.audio import read_audio, to_int16, write_audio
-from sampling.melodies import melody_chroma, notes_of
+from data.audio import conversion, read_audio, to_int16, write_audio
+from data.notes import parse_notes
+from sampling.melodies import BPM, melody_chroma
 from sampling.takes import DEFAULT_CHECKPOINT, SETTINGS, metadata, tags_of
-from system.errors import UserError
+from system.errors import UserError, naming
 from system.files import write_atomic
 
 MAX_MELODY, MAX_DURATION = 120.0, 300.0     # seconds of a melody that are used, of music asked for at once
@@ -61,6 +62,10 @@ def check_wish(wish) -> dict:
                 raise UserError(f"{name}: must be a {whole}number from {lowest:,} to {highest:,}")
             value = kind(value)
         checked[name] = value
+    if checked["notes"] and checked["melody"] is not None:
+        raise UserError("notes and melody: give one of the two")
+    if checked["bpm"] and not checked["notes"]:
+        raise UserError("bpm: says how fast the notes are, which are missing")
     return checked
 
 
@@ -73,6 +78,7 @@ def pitch_classes(chroma) -> list[int]:
 def without_path(sentence, path) -> str:
     """What is said of a temporary file, as the page is to show it."""
     sentence = re.sub(r"Error opening b'[^']*': ", "", str(sentence))       # of libsndfile
+    sentence = sentence.replace(conversion(path), "if a player plays it, convert it to .flac")
     return sentence.replace(str(path), "the recording")
 
 
@@ -223,7 +229,8 @@ class Studio:
             melody = self.folder / args.melody if args.melody else None
             if melody and not melody.is_file():
                 raise UserError(f"melody {wish['melody']} is no longer kept; record it anew")
-            notes = notes_of(args.notes, None, args.bpm, None)
+            with naming("notes"):
+                notes = parse_notes(args.notes, args.bpm or BPM) if args.notes else None
             chromas = [melody_chroma(model, args, melody, notes, 0.0)]
             classes = pitch_classes(chromas[0])[:math.ceil(args.duration / self.frame_seconds())]
         settings = {name: wish[name] for name in SETTINGS if wish[name] is not None}

@@ -11,7 +11,7 @@ let about;                  // what the server told of the model
 let melody = null;          // the chosen one: {number, name, seconds, classes, frame}
 const melodies = new Map(); // number: the same, for takes that are made again
 const takes = new Map();    // number: what the server knows of it
-let making = null;          // the take in the making: {job, number, sounds}
+let making = null;          // the take in the making: {job, sound, stopped, finished, take}
 let shown = null;           // number of the take in the player
 const marked = { A: null, B: null };
 
