@@ -14,7 +14,8 @@ how often the track is drawn (1 is normal). What is ignored is named at the end,
 
     DIR/index.json        settings, and a list of tracks: file, place of its data, weight, meta (the captions)
     DIR/codes.NNNNN.u16   uint16 (frames, K); frame t is samples t * stride ... (t + 1) * stride of its track
-    DIR/chroma.NNNNN.u8   uint8 (chroma frames,): pitch class of frame m, centered at sample m * hop; n_chroma: silence
+    DIR/chroma.NNNNN.u8   uint8 (chroma frames,): pitch class of frame m, centered at sample m * hop;
+                          n_chroma is silence
     DIR/log.NNNNN.jsonl   the tracks that are finished
     DIR/settings.json     what all of them were made with
     DIR/skipped.txt       what could not be read, and why

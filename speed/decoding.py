@@ -64,7 +64,7 @@ class PackedLinear(nn.Module):
 
 
 def few_rows(x, weight, scale):
-    """x (rows, in), weight (out, in) -> (rows, out), by that product of torch's that reads weights fastest."""
+    """x (rows, in), weight (out, in) -> (rows, out), by the product of torch that reads weights fastest."""
     if weight.dtype == torch.int8:
         return torch._weight_int8pack_mm(x.bfloat16(), weight, scale.bfloat16())
     x = x.to(weight.dtype)
