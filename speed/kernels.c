@@ -19,9 +19,9 @@
        ARM, others                     words: smlal, 8 weights                         4
        any other                       plain C, 4 weights                              4
 
-   "Words" are products of 16 bits by 16. "Bytes" are products of 8 bits by 8: x is then 256 upper + lower, and
-   each of the two has a sum. First come these rows, one after the other, with the same functions in each; what
-   follows is C for all of them. */
+   "Words" are products of 16 bits by 16. "Bytes" are products of 8 bits by 8: x is then 256 upper + lower,
+   and each of the two has a sum. First come these rows, one after the other, with the same functions in each;
+   what follows is C for all of them. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -298,8 +298,9 @@ INLINE void pack(ints n, int16_t *x, long i)
 const char *instructions(void) { return INSTRUCTIONS; }
 
 /* --- threads --------------------------------------------------------------------------------------------
-   Those of the OpenMP runtime that torch has loaded, GNU's or LLVM's, called by hand: so any compiler will do,
-   with or without OpenMP of its own, and no second runtime with threads of its own comes into the process. */
+   Those of the OpenMP runtime that torch has loaded, GNU's or LLVM's, called by hand: so any compiler will
+   do, with or without OpenMP of its own, and no second runtime with threads of its own comes into the
+   process. */
 
 static void run_alone(void (*work)(void *), void *job, unsigned threads, unsigned flags)
 {
@@ -522,7 +523,7 @@ struct product {
     long rows, columns, batch;
 };
 
-/* Rows r to r + 3 of w times rows b to b + N - 1 of x. y (2, 4). */
+/* Rows r to r + 3 of w times N (1 or 2) rows of x from row b on. y (2, 4). */
 INLINE void four_by_two(const struct product *p, long r, long b, float *y, int N)
 {
     const char *w = p->w + r * p->columns * BYTES[p->kind];
@@ -563,13 +564,13 @@ static void product_part(void *job)
         }
 }
 
-struct matrix { const char *w; const float *scale; };   /* (rows, columns), times scale (rows) if there is one */
+struct matrix { const char *w; const float *scale; };   /* (rows, columns), times scale (rows) or NULL */
 struct norm { const float *weight, *bias; };            /* layer norm in front of a product, or NULLs */
 
 static const struct norm NO_NORM = {0, 0};
 
-/* y (batch, rows) = gelu(add + norm(x) W^T), x (batch, columns). norm, gelu and add (batch, rows), which may be
-   y, can be missing. rows is a multiple of 4, columns of 8. */
+/* y (batch, rows) = gelu(add + norm(x) W^T), x (batch, columns). norm, gelu and add (batch, rows), which may
+   be y, can be missing. rows is a multiple of 4, columns of 8. */
 static void multiply(int threads, int kind, struct matrix m, const float *x, struct norm norm, int gelu,
                      const float *add, float *y, long rows, long columns, long batch)
 {
@@ -659,8 +660,8 @@ INLINE floats score(const float *q, const struct whole *whole, const void *k, lo
     return dot;
 }
 
-/* Adds n (up to 8) times LANES columns of v (length, E), from `first` on, each position times its p. */
-INLINE void add_values(const float *p, const void *v, float *out, long length, long E, long first, long n,
+/* The sum of p times the rows of v (length, E), in n (up to 8) times LANES columns from `first` on, into out. */
+INLINE void weighted_sum(const float *p, const void *v, float *out, long length, long E, long first, long n,
                        int kind)
 {
     floats mean[8] = {{0}};
@@ -694,9 +695,9 @@ INLINE void one_head(const float *q, const void *k, const float *k_scale, const 
     softmax(p, k_scale, v_scale, hidden, length, unit, kind);
     long first = 0;
     for (; first + 8 * LANES <= E; first += 8 * LANES)      /* as many sums as there are registers */
-        add_values(p, v, out, length, E, first, 8, kind);
+        weighted_sum(p, v, out, length, E, first, 8, kind);
     if (first < E)
-        add_values(p, v, out, length, E, first, (E - first) / LANES, kind);
+        weighted_sum(p, v, out, length, E, first, (E - first) / LANES, kind);
 }
 
 struct attention {
@@ -737,9 +738,9 @@ static void attend_part(void *job)
 }
 
 /* Stores the newest key and value, if there are any, at position length - 1, and attends from q to all
-   `length`. q, k_new, v_new: rows of `stride` numbers, one an item, of heads x E; k, v (batch, heads, steps, E)
-   and their scales (batch, heads, steps); hidden (batch, steps) is added to the scores, or NULL; scores: room
-   for (batch, heads, steps); out (batch, heads, E). E is a multiple of 8. */
+   `length`. q, k_new, v_new: rows of `stride` numbers, one an item, of heads x E; k, v (batch, heads, steps,
+   E) and their scales (batch, heads, steps); hidden (batch, steps) is added to the scores, or NULL; scores:
+   room for (batch, heads, steps); out (batch, heads, E). E is a multiple of 8. */
 void attend(int threads, int kind, const float *q, const float *k_new, const float *v_new, long stride,
             char *k, float *k_scale, char *v, float *v_scale, const float *hidden, float *scores, float *out,
             long batch, long heads, long length, long steps, long E)
@@ -803,7 +804,8 @@ struct moments {
 };
 
 /* The moments of LANES weights; adds to three sums. */
-INLINE void add_moments(const struct moments *t, const float *g_from, float *m, float *v, float *s, floats *sum)
+INLINE void add_moments(const struct moments *t, const float *g_from, float *m, float *v, float *s,
+                        floats *sum)
 {
     floats g = FLOATS(g_from);
     FLOATS(m) += t->c1 * (t->lam * g - FLOATS(m));

@@ -202,7 +202,7 @@ def checked(tmp_path, command: str, run="") -> str:
     if missing:
         pytest.skip(f"{' and '.join(missing)} not installed")
     program = str(tmp_path / "check")
-    flags = [flag for flag in kernels.FLAGS if flag not in ("-O3", "-shared")]     # compiled in half the time
+    flags = [flag for flag in kernels.FLAGS if flag not in ("-O3", "-shared")]      # in half the time
     source = str(ROOT / "tests" / "kernels_check.c")
     made = subprocess.run([*command.split(), "-O1", *flags, source, "-o", program, "-lm"],
                           capture_output=True, text=True)
