@@ -14,8 +14,7 @@ how often the track is drawn (1 is normal). What is ignored is named at the end,
 
     DIR/index.json        settings, and a list of tracks: file, place of its data, weight, meta (the captions)
     DIR/codes.NNNNN.u16   uint16 (frames, K); frame t is samples t * stride ... (t + 1) * stride of its track
-    DIR/chroma.NNNNN.u8   uint8 (chroma frames,): pitch class of frame m, centered at sample m * hop;
-                          n_chroma is silence
+    DIR/chroma.NNNNN.u8   uint8 (chroma frames,): pitch class around sample m * hop; n_chroma: silence
     DIR/log.NNNNN.jsonl   the tracks that are finished
     DIR/settings.json     what all of them were made with
     DIR/skipped.txt       what could not be read, and why
@@ -53,6 +52,7 @@ from data.audio import LOUD, read_audio, warn_once
 from data.captions import Track, parse_object, read_text, scan
 from data.shards import Shard, read_logs
 from data.stems import harmonic_sum, pick_stem, separate
+from data.vocabulary import unknown_words
 from encodec import EncodecModel
 from system.command import Parser, run
 from system.devices import pick_device
@@ -266,7 +266,7 @@ def prepare_all(todo: list[tuple[Track, list]], folder: Path, shard: Shard, prep
 
 
 def finish(out: Path, folder: Path, tracks: list[Track], complaints: list[str], settings: dict,
-           segment_duration: float) -> int:
+           config: Config) -> int:
     """Writes index.json, skipped.txt and notes.txt from all shards and captions; returns the exit code."""
     done, errors = read_logs(out, settings["n_q"], CURVES)
     index, skipped, notes, short = [], list(complaints), [], []
@@ -276,9 +276,9 @@ def finish(out: Path, folder: Path, tracks: list[Track], complaints: list[str], 
             notes += [f"{track.file}: {note}" for note in entry.pop("notes", [])]
             index.append(dict(file=track.file) | entry | dict(weight=track.weight, meta=track.meta))
             seconds = entry["frames"] / settings["frame_rate"]
-            if seconds < segment_duration - 0.5 / settings["frame_rate"]:
+            if seconds < config.segment_duration - 0.5 / settings["frame_rate"]:
                 short.append(f"{track.file}: its {seconds:.2f} s are less than segment_duration = "
-                             f"{segment_duration} s; training leaves it out")
+                             f"{config.segment_duration} s; training leaves it out")
         else:
             problem = track.problem or errors.get(track.file, "has changed meanwhile")
             skipped.append(f"{track.file}: {problem}")
@@ -288,7 +288,7 @@ def finish(out: Path, folder: Path, tracks: list[Track], complaints: list[str], 
     print(f"{out / 'index.json'}: {len(index)} tracks, {seconds / 3600:.2f} h, {settings['n_q']} codebooks, "
           f"stem by {settings['stem']}")
     prepared = {entry["file"] for entry in index}
-    report_captions([track for track in tracks if track.file in prepared])
+    report_captions([track for track in tracks if track.file in prepared], config)
     report(out / "notes.txt", notes + short, "notes on what was prepared, in")
     report(out / "skipped.txt", skipped, "problems, named in")
     return 1 if skipped else 0
@@ -308,16 +308,26 @@ def report(path: Path, sentences: list[str], what: str):
         print("...", file=sys.stderr)
 
 
-def report_captions(tracks: list[Track]):
-    """Prints how much is known of tracks, and the keys of their captions that were not understood."""
+def report_captions(tracks: list[Track], config: Config):
+    """Prints how much is known of tracks, the keys of their captions that were not understood, and the words
+    that a model of this configuration does not know."""
     described = sum("description" in track.meta for track in tracks)
     melodies = sum(track.melody not in (None, track.file) for track in tracks)
     print(f"{described} of {len(tracks)} tracks have a caption, {melodies} a melody of their own")
     unused = Counter(name for track in tracks for name in track.unused)
     if unused:
-        names = [f"{name} ({count})" for name, count in unused.most_common(20)]
-        more = f" and {len(unused) - 20} more" if len(unused) > 20 else ""
-        print(f"not understood in captions, and in how many tracks: {', '.join(names)}{more}")
+        print(f"not understood in captions, and in how many tracks: {most_common(unused)}")
+    words = Counter(unknown_words(config, [track.meta.get("description") for track in tracks]))
+    if words:
+        print(f"words of captions that are not in t5_words, and how often: {most_common(words)}. They are "
+              f"all the same to the model; one that is trained from scratch learns those added there")
+
+
+def most_common(counts: Counter) -> str:
+    """The first 20 names with their counts."""
+    names = [f"{name} ({count})" for name, count in counts.most_common(20)]
+    more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
+    return ", ".join(names) + more
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -410,7 +420,7 @@ def main(argv):
     barrier()
     code = 0
     if rank() == 0:
-        code = finish(args.out, args.folder, tracks, complaints, settings, config.segment_duration)
+        code = finish(args.out, args.folder, tracks, complaints, settings, config)
     if process_count() > 1:
         dist.destroy_process_group()
     return code

@@ -21,6 +21,7 @@ from checkpoints.lm_formats import export_transformers, read_config
 from config import FIELDS
 from data.audio import check_format, check_recording, read_audio, write_audio
 from data.scores import is_notes
+from data.vocabulary import unknown_words
 from lm import LMModel
 from sampling.live import check_live, live_outputs
 from sampling.loading import DTYPES, codec_of
@@ -155,6 +156,7 @@ def main(MusicGen, argv):
         if args.out == "-":     # nothing but sound goes there
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         model = MusicGen.from_pretrained(args.checkpoint, args.device, args.dtype, args.compile)
+        tell_unknown_words(model.config, args.checkpoint, texts)
         lead = lead_of(args.duration, model.sample_rate / model.config.hop) if args.loop else 0.0
         chromas = read_melodies(model, args, melodies, notes, lead)
         prompt = read_prompt(model, args, len(texts))
@@ -291,6 +293,15 @@ def check_together(args):
     for flag in ("prompt_from", "prompt_seconds"):
         if getattr(args, flag) is not None and not args.prompt:
             raise UserError(f"--{flag}: says which part of --prompt is meant, which is missing")
+
+
+def tell_unknown_words(config, checkpoint: str, texts):
+    """Says on stderr which words of the texts the model does not know."""
+    words = list(dict.fromkeys(unknown_words(config, texts)))
+    if words:
+        more = f" and {len(words) - 10} more" if len(words) > 10 else ""
+        print(f"--text: {checkpoint} does not know {', '.join(words[:10])}{more}; such words are all one "
+              f"to it. The words that it knows: t5_words in its config.json", file=sys.stderr)
 
 
 def check_files(args, melodies, outs):
