@@ -629,17 +629,21 @@ INLINE void softmax(float *p, const float *k_scale, const float *v_scale, const 
         p[s] = p[s] * ((kind == INT8 ? k_scale[s] : 1) * unit) + (hidden ? hidden[s] : 0);
     float top = largest(p, length, -3e38f);
     floats sum = {0};
-    for (long s = 0; s < length; s += LANES) {
-        long n = length - s < LANES ? length - s : LANES;
-        floats score = {0}, weight = {0};
-        memcpy(&score, p + s, n * sizeof(float));
-        score = exponential(score - top);
-        memcpy(&weight, &score, n * sizeof(float));     /* zero behind the end */
-        sum += weight;
-        memcpy(p + s, &weight, n * sizeof(float));
+    long s = 0;
+    for (; s + LANES <= length; s += LANES) {
+        FLOATS(p + s) = exponential(FLOATS(p + s) - top);
+        sum += FLOATS(p + s);
+    }
+    if (s < length) {       /* fewer than LANES: what is not there weighs nothing */
+        float rest[LANES];
+        for (int j = 0; j < LANES; j++)
+            rest[j] = s + j < length ? p[s + j] : -INFINITY;
+        FLOATS(rest) = exponential(FLOATS(rest) - top);
+        sum += FLOATS(rest);
+        memcpy(p + s, rest, (length - s) * sizeof *p);
     }
     float factor = 1 / total(sum);
-    for (long s = 0; s < length; s++)
+    for (s = 0; s < length; s++)
         p[s] *= (kind == INT8 ? v_scale[s] : 1) * factor;
 }
 
@@ -660,7 +664,7 @@ INLINE floats score(const float *q, const struct whole *whole, const void *k, lo
     return dot;
 }
 
-/* The sum of p times the rows of v (length, E), in n (up to 8) times LANES columns from `first` on, into out. */
+/* The sum of p times the rows of v (length, E), in n (up to 8) times LANES columns from `first` on. */
 INLINE void weighted_sum(const float *p, const void *v, float *out, long length, long E, long first, long n,
                        int kind)
 {
