@@ -7,6 +7,7 @@ import torch
 from config import Config
 from encodec import EncodecModel
 from train import train
+from training.figures import signs_of_collapse
 from training_runs import ADVERSARIAL, assert_same_run, lines, settings, state, stop_at
 
 
@@ -24,6 +25,20 @@ def test_codec_trains_and_writes_a_codec(codec_run):
 
 def test_codec_run_on_two_processes_equals_one(codec_run, two_processes):
     assert_same_run(codec_run, two_processes / "codec", 1e-5)
+
+
+def test_a_collapse_is_told(training_data, codec_run, tmp_path, capsys):
+    """Once a validation, with what to try; nothing of a healthy run, nor early."""
+    changes = dict(optim="adamw", lr=1.0, warmup=0, threshold_dead=0.0, sample_every=0, valid_every=5)
+    config = Config(**settings(training_data, tmp_path / "out", "codec", **changes))
+    train(config)
+    told = [line for line in capsys.readouterr().err.splitlines() if "try --lr=0.25" in line]
+    assert 1 <= len(told) <= 4 and "next to nothing of the recordings: SI-SNR -" in told[-1]
+
+    healthy = lines(codec_run, "valid")[-1] | {"si_snr": 1.0, "live": [1.0, 0.9]}
+    assert signs_of_collapse(config, healthy) == []
+    assert "codebook 2 collapses: 10%" in signs_of_collapse(config, healthy | {"live": [1.0, 0.1]})[0]
+    assert signs_of_collapse(config, healthy | {"live": [1.0, 0.1], "update": 2}) == []
 
 
 def test_the_last_part_trains_the_decoder_alone(training_data, tmp_path):

@@ -1,4 +1,4 @@
-"""Figures for logs and evaluations: perplexities beside cross-entropies, numbers short enough to read."""
+"""Figures for logs and evaluations: perplexities, numbers short enough to read, signs of a collapse."""
 import math
 
 
@@ -19,3 +19,27 @@ def rounded(value):
     if isinstance(value, float):
         return float(f"{value:.6g}")
     return value
+
+
+FEW_LIVE = 0.3      # of the entries of a codebook
+POOR = -10.0        # dB SI-SNR; config/tiny_codec.py has -2 after a fourth of its run, and 1 at the end
+
+
+def signs_of_collapse(config, figures: dict) -> list[str]:
+    """What a validation of the codec shows to be wrong, in sentences; nothing in the first tenth of a run."""
+    early = max(config.unquantised_steps, config.total_updates / 10)
+    if "live" not in figures or figures["update"] <= early:
+        return []
+    sentences = []
+    for k, live in enumerate(figures["live"], start=1):
+        if live < FEW_LIVE:
+            sentences.append(f"codebook {k} collapses: {live:.0%} of its entries are in use")
+    if not figures["si_snr"] >= POOR:   # nor NaN
+        sentences.append(f"the reconstruction has next to nothing of the recordings: SI-SNR "
+                         f"{figures['si_snr']:.1f} dB")
+    if sentences:
+        dtype = ", --dtype=float32" if config.dtype != "float32" else ""
+        sentences.append(f"Often the learning rate is too high, or the encoder moves faster than its "
+                         f"codebooks: try --lr={config.lr / 4:g}{dtype}, or a longer --warmup and "
+                         f"--unquantised_steps")
+    return sentences

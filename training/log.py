@@ -19,7 +19,7 @@ from config import Config
 from data.segments import Prefetcher
 from system.errors import as_user_error
 from system.processes import process_count, rank, sum_over_processes
-from training.figures import rounded, with_perplexity
+from training.figures import rounded, signs_of_collapse, with_perplexity
 
 
 class Log:
@@ -81,6 +81,9 @@ class Log:
             self.bar.set_postfix_str(text)
         else:
             tqdm.write(f"{line['update']:7d} {line['split']:5}  {text}", file=sys.stderr)
+        signs = signs_of_collapse(self.config, line) if line["split"] == "valid" else []
+        if signs:
+            tqdm.write("; ".join(signs[:-1]) + ". " + signs[-1], file=sys.stderr)
 
     def close(self):
         self.bar.close()
