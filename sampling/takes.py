@@ -107,6 +107,8 @@ def command_of(flags: dict) -> str:
             words.append(f"--{name}")
         elif (name, value) != ("checkpoint", str(DEFAULT_CHECKPOINT)):
             words += [f"--{name}", str(value)]
+            if words[-1].startswith("-"):       # else it would be taken for a flag
+                words[-2:] = [f"--{name}={value}"]
     return shlex.join(words)
 
 
