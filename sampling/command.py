@@ -26,7 +26,7 @@ from lm import LMModel
 from sampling.live import check_live, live_outputs
 from sampling.loading import DTYPES, codec_of
 from sampling.loops import lead_of, make_loop
-from sampling.melodies import flags_alone, notes_of, read_melodies, settle_duration
+from sampling.melodies import flags_alone, notes_of, read_melodies, resolve_duration
 from sampling.takes import (DEFAULT_CHECKPOINT, files_of, metadata, output_names, read_codes, tags_of,
                             write_codes)
 from system.command import Parser
@@ -141,7 +141,7 @@ def main(MusicGen, argv):
     nothing = [None] * len(melodies)
     typed, files = (melodies, nothing) if args.notes else (nothing, melodies)
     notes = [notes_of(*item, args.bpm, args.meter) for item in zip(typed, files)]
-    settle_duration(args, notes, MusicGen.MAX_DURATION)
+    resolve_duration(args, notes, MusicGen.MAX_DURATION)
     seeds = [(args.seed or 0) + i for i in range(len(texts))]
     check_live(args, len(texts))
     outs = output_names(args, texts)
@@ -233,7 +233,7 @@ def write_results(model, args, take: Take, outs, texts, melodies, notes, seeds):
 
 
 def serve_page(MusicGen, args):
-    """--serve: what a take is to be is told on the page, what makes it on the command line."""
+    """--serve: the page asks what to play; the command line says which model plays it."""
     check_alone(MusicGen, args, "serve", "checkpoint", "device", "dtype", "compile")
     from tools.server import serve
     loading = {"checkpoint": args.checkpoint, "device": args.device, "dtype": args.dtype,
@@ -284,7 +284,7 @@ def pair(texts, melodies):
 
 
 def check_together(args):
-    """Raises UserError for flags that exclude or need each other; settle_duration has more."""
+    """Raises UserError for flags that exclude or need each other; resolve_duration has more."""
     for one, other in (("prompt", "continue_from"), ("melody", "notes"), ("loop", "prompt"),
                        ("loop", "continue_from"), ("loop", "save_codes"), ("loop", "keep_partial"),
                        ("loop", "play")):

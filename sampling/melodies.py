@@ -45,7 +45,7 @@ def bar_seconds(args, notes) -> float | None:
     return 60 / args.bpm * bar if args.bpm else None
 
 
-def settle_duration(args, notes, longest: float):
+def resolve_duration(args, notes, longest: float):
     """Sets args.duration, whole bars with --bars and --loop. Raises UserError for flags that clash."""
     known = any(melody is not None for melody in notes)
     if args.bpm is not None and not SLOWEST <= args.bpm <= FASTEST:
@@ -76,9 +76,9 @@ def settle_duration(args, notes, longest: float):
 
 
 def flags_alone(args, item, notes) -> Namespace:
-    """The flags that make one item of a batch, whose notes are `item`, alone.
+    """The flags that make one item of a batch alone; `item` is its own entry of `notes`.
 
-    Where it has none, bars are those of the others' notes, which it must be told; without --bars no tempo.
+    An item without notes gets its bars from --bpm and --meter, which then repeat those of the others' notes.
     """
     others = [melody for melody in notes if melody is not None]
     if item is not None or not others:

@@ -79,7 +79,7 @@ def files_of(out: Path, args) -> list[Path]:
 def metadata(args, text, melody, seed: int, out: Path, config: Config) -> str:
     """The JSON of an item: its flags and settings, the configuration, and the command that makes it alone.
 
-    In int8 and bfloat16 an item of a batch is rounded otherwise than alone, and sounds otherwise.
+    In int8 and bfloat16 an item is rounded differently in a batch than alone, and sounds different.
     """
     flags = {}
     if text:

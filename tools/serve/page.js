@@ -226,7 +226,7 @@ async function play(wish) {
       if (event.error) throw new Error(event.error);
       if (event.job) {
         mine.job = event.job;
-        if (mine.stopped) post("stop", { job: mine.job });
+        if (mine.stopped) post("stop", { job: mine.job }).catch(() => {});
         say(event.queue ? `Waiting: ${event.queue} before you.` : "Starting …");
       }
       if (event.take) {
