@@ -21,6 +21,7 @@ import torch
 
 from data.audio import conversion, read_audio, to_int16, write_audio
 from data.notes import parse_notes
+from data.vocabulary import FILLERS
 from sampling.melodies import BPM, melody_chroma
 from sampling.takes import DEFAULT_CHECKPOINT, SETTINGS, metadata, tags_of
 from system.errors import UserError, naming
@@ -117,7 +118,8 @@ class Studio:
         shipped = checkpoint == str(DEFAULT_CHECKPOINT)
         settings = {flag: getattr(config, key) for flag, key in SETTINGS.items()}
         return {"checkpoint": "the shipped model" if shipped else checkpoint,
-                "text": config.text != "none", "words": words, "melody": config.melody != "none",
+                "text": config.text != "none", "words": words, "fillers": sorted(FILLERS),
+                "melody": config.melody != "none",
                 "sample_rate": self.model.sample_rate, "settings": settings, "longest": MAX_DURATION}
 
     # --- melodies -----------------------------------------------------------------------------------------

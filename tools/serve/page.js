@@ -3,7 +3,6 @@
 
 const find = id => document.getElementById(id);
 const SETTINGS = ["guidance", "temperature", "top_k", "top_p"];
-const FILLERS = "a an the and with in of tune".split(" ");      // not told to be unknown
 const RESERVE = 2;          // seconds
 const QUIET = 0.01;         // of the loudest sample: what is below at both ends of a recording is cut off
 
@@ -411,7 +410,7 @@ function showWords() {              // which chips are in the text, and what the
   for (const chip of find("chips").children)
     chip.setAttribute("aria-pressed", String(used.has(chip.textContent)));
   if (!about.words) return;
-  const unknown = [...used].filter(word => !about.words.includes(word) && !FILLERS.includes(word));
+  const unknown = [...used].filter(word => !about.words.includes(word) && !about.fillers.includes(word));
   find("unknown").textContent = unknown.length ? `This model does not know: ${unknown.join(", ")}` : "";
 }
 
