@@ -331,7 +331,7 @@ def test_a_language_model_of_audiocraft_without_its_codec(world, tmp_path, more)
     refused(command(load_codec, folder), str(folder), "compression_state_dict.bin", "beside it")
 
 
-@pytest.mark.parametrize("flag", [(), ("--export", "x"), ("--export_hf", "x")])
+@pytest.mark.parametrize("flag", [("--text", "a"), ("--export", "x"), ("--export_hf", "x")])
 @pytest.mark.parametrize("kind", ["audiocraft", "ours"])
 def test_a_missing_codec_is_told_before_the_language_model_is_read(world, tmp_path, kind, flag):
     folder = tmp_path / "model"
@@ -344,7 +344,7 @@ def test_a_missing_codec_is_told_before_the_language_model_is_read(world, tmp_pa
             values(codec="gone/far/away")((world / "lm" / "config.json").read_bytes()))
         (folder / "model.safetensors").write_bytes(b"would be an error by itself")
         named = "gone/far/away"
-    refused(sampling(world, "--text", "a", "--checkpoint", folder, *flag, cwd=tmp_path), named)
+    refused(sampling(world, "--checkpoint", folder, *flag, cwd=tmp_path), named)
 
 
 @pytest.mark.parametrize("name, said", [
