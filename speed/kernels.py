@@ -69,11 +69,11 @@ def kernels():
     library = message = None
     try:
         library = find_library()
-        use_threads(library)
+        has_threads = use_threads(library)
         if library.instructions() in (b"SSE2", b"none"):
             message = ("was compiled without AVX2, for the processor has none or the compiler does not take "
                        "-march=native: generation takes up to twice as long")
-        elif not openmp():
+        elif not has_threads:
             message = "runs on one thread, for torch has no OpenMP here: generation does not use other cores"
     except Unavailable as reason:
         message = f"is not used, for {reason}: {NO_KERNELS}"
@@ -164,11 +164,12 @@ def openmp() -> list:
     return []
 
 
-def use_threads(library):
-    """Lets the library compute on torch's threads, where there are any."""
+def use_threads(library) -> bool:
+    """Lets the library compute on torch's threads, where there are any; returns whether there are."""
     addresses = openmp()
     if addresses:
         library.use_threads(*addresses)
+    return bool(addresses)
 
 
 # --- compiling ----------------------------------------------------------------------------------------------
