@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from data.audio import conversion, read_audio, to_int16, write_audio
-from data.notes import parse_notes
+from data.notes import FASTEST, SLOWEST, parse_notes
 from data.vocabulary import FILLERS
 from sampling.melodies import BPM, melody_chroma
 from sampling.takes import DEFAULT_CHECKPOINT, SETTINGS, metadata, tags_of
@@ -34,7 +34,8 @@ MAX_TAKES, MAX_MELODIES = 50, 50            # kept
 MAX_SECONDS = 3600.0                        # of all takes together
 NUMBERS = {     # what a wish can say: type, lowest, highest, default
     "duration": (float, 0.1, MAX_DURATION, 10.0), "seed": (int, 0, 2 ** 53, 0),
-    "melody": (int, 0, 10 ** 9, None), "continue": (int, 0, 10 ** 9, None), "bpm": (float, 5, 1000, None),
+    "melody": (int, 0, 10 ** 9, None), "continue": (int, 0, 10 ** 9, None),
+    "bpm": (float, SLOWEST, FASTEST, None),
     "guidance": (float, -1000, 1000, None), "temperature": (float, 0, 100, None),
     "top_k": (int, 0, 10 ** 6, None), "top_p": (float, 0, 1, None)}
 TEXTS = {"text": 1000, "notes": 10_000}     # characters at most
