@@ -73,6 +73,15 @@ def next_logits(lm, passes, codes):
         return torch.cat([lm(sequence[..., s:s + 1], conditions, cache) for s in range(S)], 2)
 
 
+def plain_way(kind):
+    """A model, passes, codes, and the logits (B, K, S, V) that lm.py alone gives for them."""
+    lm, T = make(**KINDS[kind]), 10
+    passes = passes_of(lm, ["slow flute and a drum", None], T, guidance=1)
+    codes = torch.randint(lm.config.card, (2, 4, T), generator=torch.Generator().manual_seed(1))
+    sequence, _ = lm.pattern.build(codes, lm.special)
+    return lm, passes, codes, lm(sequence, passes[0]).detach()
+
+
 def without_compiler(monkeypatch):
     monkeypatch.setattr(decoding, "kernels", lambda: None)
 
@@ -100,11 +109,7 @@ def test_greedy_tokens_in_float32_are_those_of_the_plain_way(kind, compiler, mon
     (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.int8, 4e-2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_cached_columns_are_near_those_of_the_plain_way(kind, dtype, tolerance):
-    lm, T = make(**KINDS[kind]), 10
-    passes = passes_of(lm, ["slow flute and a drum", None], T, guidance=1)
-    codes = torch.randint(lm.config.card, (2, 4, T), generator=torch.Generator().manual_seed(1))
-    sequence, _ = lm.pattern.build(codes, lm.special)
-    expected = lm(sequence, passes[0]).detach()
+    lm, passes, codes, expected = plain_way(kind)
     optimize_for_cpu(lm, dtype)
     assert lm.packed == (kind != "too odd")
     assert (next_logits(lm, passes, codes) - expected).norm() < tolerance * expected.norm()
@@ -114,11 +119,7 @@ def test_logits_of_cached_columns_are_near_those_of_the_plain_way(kind, dtype, t
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_logits_without_a_compiler_are_near_those_of_the_plain_way(kind, dtype, monkeypatch):
     """By torch's own products and attention; texts of several lengths, so that there is padding."""
-    lm, T = make(**KINDS[kind]), 10
-    passes = passes_of(lm, ["slow flute and a drum", None], T, guidance=1)
-    codes = torch.randint(lm.config.card, (2, 4, T), generator=torch.Generator().manual_seed(1))
-    sequence, _ = lm.pattern.build(codes, lm.special)
-    expected = lm(sequence, passes[0]).detach()
+    lm, passes, codes, expected = plain_way(kind)
     without_compiler(monkeypatch)
     optimize_for_cpu(lm, dtype)
     assert lm.new_cache(2, 8).dtype == torch.bfloat16 and not lm.packed
