@@ -23,7 +23,7 @@ from speed.products import block_attention, product
 
 FEW = 32            # rows up to which a product waits for the weights rather than for the arithmetic
 MASKED = -1e30      # added to the scores of what is not to be seen
-POINTERS = 24       # of a layer, in struct layer of kernels.c
+POINTERS = 30       # of a layer, in struct layer of kernels.c
 
 
 class PackedLinear(nn.Module):
@@ -89,8 +89,8 @@ class PackedCache(Cache):
         self.condition_length, self.condition_bias = 0, None
         self.layers = [PackedLayerCache(self, n) for n in range(N)]
 
-    def decode(self, layers, x, conditions: Conditions):
-        """x (B, 1, D) through all layers, in one call of kernels.c."""
+    def decode(self, layers, x, angles, conditions: Conditions):
+        """x (B, 1, D) through all layers, in one call of kernels.c; angles (B, 1, E/2) or None."""
         B, H, _, E = self.k[0].shape
         if self.table is None:
             self.table = torch.tensor([self.pointers(n, layer) for n, layer in enumerate(layers)])
@@ -100,20 +100,25 @@ class PackedCache(Cache):
             self.scores = self.scores.new_empty(B, H, max(self.max_length, self.condition_length))
         x = x.float().clone(memory_format=torch.contiguous_format)
         table, = data_pointers(self.table, dtype=torch.long)
+        cosine, sine = (None, None) if angles is None else (angles.cos(), angles.sin())
         kernels().decode(
             torch.get_num_threads(), KINDS[self.k.dtype], table, len(layers),
-            *data_pointers(x, self.padding_bias, self.condition_bias, self.scores),
+            *data_pointers(x, cosine, sine, self.padding_bias, self.condition_bias, self.scores),
             B, H, self.length + 1, self.max_length, E, len(layers[0].ff1.weight), self.condition_length)
         return x
 
     def pointers(self, n: int, layer) -> list[int]:
         """Addresses of the tensors of layer n, as struct layer of kernels.c has them."""
         def norm(module):
+            if isinstance(module, nn.Identity):         # a model that does not normalize queries and keys
+                return [None, None]
             return data_pointers(module.weight, module.bias)
 
         def matrix(module):
             return data_pointers(module.weight, dtype=self.k.dtype) + data_pointers(module.scale)
+
         row = norm(layer.norm1) + matrix(layer.attn.qkv) + matrix(layer.attn.out)
+        row += norm(layer.attn.q_norm) + norm(layer.attn.k_norm)
         for data, scale in (self.k[n], self.k_scale[n]), (self.v[n], self.v_scale[n]):
             row += data_pointers(data, dtype=self.k.dtype) + data_pointers(scale)
         row += norm(layer.norm2) + matrix(layer.ff1) + matrix(layer.ff2)
@@ -122,7 +127,7 @@ class PackedCache(Cache):
             self.layers[n].condition = keys, values     # kept: kernels.c has only their addresses
             self.condition_length = keys.shape[2]
             row += norm(layer.norm_cross) + matrix(layer.cross_attn.qkv) + matrix(layer.cross_attn.out)
-            row += data_pointers(keys, values)
+            row += norm(layer.cross_attn.q_norm) + data_pointers(keys, values)
         row += [0] * (POINTERS - len(row))
         return [pointer or 0 for pointer in row]
 
@@ -208,12 +213,11 @@ class PackedLMModel(LMModel):
         return PackedCache(self.config, batch, max_length, self.lm_heads.weight.dtype)
 
     def run_layers(self, x, angles, conditions: Conditions, cache=None):
-        """As LMModel's, but once the cache has begun all layers in one call, where kernels.c knows them."""
+        """As LMModel's, but once the cache has begun all layers in one call of kernels.c."""
         B, _, D = x.shape
-        plain = angles is None and not self.config.qk_layer_norm
-        if cache is None or cache.length == 0 or not plain or B > FEW or D % 8:
+        if cache is None or cache.length == 0 or B > FEW or D % 8:
             return super().run_layers(x, angles, conditions, cache)
-        return cache.decode(self.layers, x, conditions)
+        return cache.decode(self.layers, x, angles, conditions)
 
 
 def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:

@@ -496,10 +496,14 @@ INLINE void four_rows(const char *w, const float *x, float *y, long columns, int
         four_totals(sum[b], y + 4 * b);
 }
 
-/* Layer norm of each row of x, in place. columns is a multiple of LANES. */
-static void normalize(float *x, const float *weight, const float *bias, long columns, long batch)
+struct norm { const float *weight, *bias; };            /* of a layer norm; NULLs where there is none */
+
+static const struct norm NO_NORM = {0, 0};
+
+/* Layer norm of each row of x (batch, columns), in place. columns is a multiple of LANES. */
+static void normalize(float *x, struct norm norm, long columns, long batch)
 {
-    for (; batch--; x += columns) {
+    for (; norm.weight && batch--; x += columns) {
         floats sum = {0}, squares = {0};
         for (long c = 0; c < columns; c += LANES)
             sum += FLOATS(x + c);
@@ -510,7 +514,7 @@ static void normalize(float *x, const float *weight, const float *bias, long col
         }
         float factor = 1 / sqrtf(total(squares) / columns + 1e-5f);
         for (long c = 0; c < columns; c += LANES)
-            FLOATS(x + c) = (FLOATS(x + c) - mean) * factor * FLOATS(weight + c) + FLOATS(bias + c);
+            FLOATS(x + c) = (FLOATS(x + c) - mean) * factor * FLOATS(norm.weight + c) + FLOATS(norm.bias + c);
     }
 }
 
@@ -565,9 +569,6 @@ static void product_part(void *job)
 }
 
 struct matrix { const char *w; const float *scale; };   /* (rows, columns), times scale (rows) or NULL */
-struct norm { const float *weight, *bias; };            /* layer norm in front of a product, or NULLs */
-
-static const struct norm NO_NORM = {0, 0};
 
 /* y (batch, rows) = gelu(add + norm(x) W^T), x (batch, columns). norm, gelu and add (batch, rows), which may
    be y, can be missing. rows is a multiple of 4, columns of 8. */
@@ -581,7 +582,7 @@ static void multiply(int threads, int kind, struct matrix m, const float *x, str
     if (norm.weight) {
         normed = malloc(batch * columns * sizeof *normed);
         memcpy(normed, x, batch * columns * sizeof *normed);
-        normalize(normed, norm.weight, norm.bias, columns, batch);
+        normalize(normed, norm, columns, batch);
         job.x = normed;
     }
     if (kind == INT8 && columns % WIDE == 0) {
@@ -760,30 +761,52 @@ void attend(int threads, int kind, const float *q, const float *k_new, const flo
 struct layer {
     struct norm norm1;
     struct matrix qkv, out;
+    struct norm q_norm, k_norm;     /* of every head, or NULLs */
     char *k; float *k_scale;
     char *v; float *v_scale;
     struct norm norm2;
     struct matrix ff1, ff2;
     struct norm norm_cross;
     struct matrix cross_q, cross_out;
-    char *cross_k, *cross_v;    /* (batch, heads, cross_length, E) in float32 */
+    struct norm cross_q_norm;
+    char *cross_k, *cross_v;        /* (batch, heads, cross_length, E) in float32 */
 };
 
-/* x (batch, heads * E) through N layers, in place. */
-void decode(int threads, int kind, const struct layer *layer, long N, float *x, const float *hidden,
-            const float *cross_hidden, float *scores, long batch, long heads, long length, long steps, long E,
-            long wide, long cross_length)
+/* Rotary positions, as lm.py's `rotate`: the first and second halves of x (heads, E) turned by E/2 angles. */
+static void rotate(float *x, const float *cosine, const float *sine, long heads, long E)
+{
+    long half = E / 2;
+    for (long h = 0; h < heads; h++, x += E)
+        for (long e = 0; e < half; e++) {
+            float a = x[e], b = x[half + e];
+            x[e] = a * cosine[e] - b * sine[e];
+            x[half + e] = a * sine[e] + b * cosine[e];
+        }
+}
+
+/* x (batch, heads * E) through N layers, in place. cosine, sine: (batch, E/2) of rotary positions, or NULL. */
+void decode(int threads, int kind, const struct layer *layer, long N, float *x, const float *cosine,
+            const float *sine, const float *hidden, const float *cross_hidden, float *scores, long batch,
+            long heads, long length, long steps, long E, long wide, long cross_length)
 {
     long D = heads * E;
     float *qkv = malloc(batch * (3 * D + D + wide) * sizeof *qkv);
     float *heard = qkv + batch * 3 * D, *between = heard + batch * D;
     for (; N--; layer++) {
         multiply(threads, kind, layer->qkv, x, layer->norm1, 0, 0, qkv, 3 * D, D, batch);
+        for (long b = 0; b < batch; b++) {
+            float *q = qkv + b * 3 * D, *k = q + D;
+            normalize(q, layer->q_norm, E, heads);
+            normalize(k, layer->k_norm, E, heads);
+            if (cosine)
+                rotate(q, cosine + b * E / 2, sine + b * E / 2, 2 * heads, E);      /* k stands behind q */
+        }
         attend(threads, kind, qkv, qkv + D, qkv + 2 * D, 3 * D, layer->k, layer->k_scale, layer->v,
                layer->v_scale, hidden, scores, heard, batch, heads, length, steps, E);
         multiply(threads, kind, layer->out, heard, NO_NORM, 0, x, x, D, D, batch);
         if (layer->cross_k) {
             multiply(threads, kind, layer->cross_q, x, layer->norm_cross, 0, 0, qkv, D, D, batch);
+            normalize(qkv, layer->cross_q_norm, E, batch * heads);
             attend(threads, FLOAT32, qkv, 0, 0, D, layer->cross_k, 0, layer->cross_v, 0,
                    cross_hidden, scores, heard, batch, heads, cross_length, cross_length, E);
             multiply(threads, kind, layer->cross_out, heard, NO_NORM, 0, x, x, D, D, batch);

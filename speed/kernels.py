@@ -139,7 +139,7 @@ def load(path: Path):
     arguments = dict(       # the first is the number of threads
         product=[I, I, *[P] * 4, *[L] * 3],
         attend=[I, I, *[P] * 3, L, *[P] * 7, *[L] * 5],
-        decode=[I, I, P, L, *[P] * 4, *[L] * 7],
+        decode=[I, I, P, L, *[P] * 6, *[L] * 7],
         dadapt_moments=[I, *[P] * 4, L, *[D] * 4, P],
         dadapt_step=[I, *[P] * 3, L, D, D],
         use_threads=[P] * 3)

@@ -44,6 +44,7 @@ KINDS = {
     "no prefix": dict(text="none", melody="none"),
     "rope": dict(positional_embedding="sin_rope"),
     "normed": dict(qk_layer_norm=True),
+    "all of it": dict(qk_layer_norm=True, positional_embedding="sin_rope", text="cross"),
     "heads of 72": dict(dim=144, num_heads=2),
     "heads of 64": dict(dim=128, num_heads=2),
     "too odd": dict(dim=36, num_heads=3),   # for kernels.c, which reads eight numbers at once
@@ -54,7 +55,11 @@ needs_kernels = pytest.mark.skipif(not kernels.kernels(), reason="no C compiler"
 
 def make(**options) -> LMModel:
     torch.manual_seed(0)
-    return LMModel(Config(**SMALL | options)).eval()
+    lm = LMModel(Config(**SMALL | options)).eval()
+    for parameter in lm.parameters():
+        if parameter.dim() == 1:        # of layer norms, which begin as ones and zeros
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return lm
 
 
 def passes_of(lm, texts, T: int, guidance=3.0) -> list:
