@@ -199,7 +199,7 @@ def make(model, args, texts, chromas, prompt, seeds, lead: float, live: list, in
             for new in codes:
                 bar.update(new.shape[-1])
                 if to_file:
-                    made.append(new.cpu())
+                    made.append(new)        # .cpu() would wait for the device, once a frame
                 yield new
                 if interrupted:
                     return
@@ -217,7 +217,7 @@ def make(model, args, texts, chromas, prompt, seeds, lead: float, live: list, in
     wav = torch.cat(waves, dim=-1)
     if args.loop:
         wav = torch.stack([make_loop(item, model.sample_rate, lead, args.duration)[0] for item in wav])
-    return Take(seconds, torch.cat(made, dim=-1), wav)
+    return Take(seconds, torch.cat(made, dim=-1).cpu(), wav)
 
 
 def write_results(model, args, take: Take, outs, texts, melodies, notes, seeds):

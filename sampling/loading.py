@@ -13,9 +13,9 @@ from system.devices import device_of, pick_device
 from system.errors import UserError
 
 try:    # on a CPU PackedLinear and PackedCache (speed/decoding.py) take over from lm.py's layers and cache
-    from speed import fastest_dtype, optimize_codec, optimize_for_cpu
+    from speed import fastest_dtype, optimize_codec, optimize_for_cpu, optimize_for_cuda
 except ImportError:     # without that folder everything computes as it is written in the stages
-    fastest_dtype = optimize_codec = optimize_for_cpu = None
+    fastest_dtype = optimize_codec = optimize_for_cpu = optimize_for_cuda = None
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "auto")
 
@@ -42,6 +42,8 @@ def load_models(name_or_dir, device="auto", dtype="float32", compile=False):
 
     prepare = optimize_for_cpu if device.type == "cpu" and dtype != "float16" else None
     lm = LMModel.from_pretrained(directory, getattr(torch, dtype), prepare).to(device)
+    if device.type == "cuda" and optimize_for_cuda:
+        optimize_for_cuda(lm)
     if compile and not lm.packed:
         for layer in lm.layers:     # they are alike and compile once
             layer.compile()

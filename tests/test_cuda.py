@@ -1,0 +1,128 @@
+"""Decoding by CUDA graphs (speed/cuda.py), and the table that tests/cuda.sh prints.
+
+    python -m pytest tests/test_cuda.py
+
+Without a CUDA device graphs are imitated: what a step does is recorded, and repeated as it was recorded. So a
+step that read anything from the host, or waited for the device, would fail here, too.
+"""
+import copy
+import subprocess
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from constants import ROOT
+from models import OPTIONS, conditions_of, make
+from sample import Settings, condition_passes, generate, stream_window
+from speed import cuda, optimize_for_cuda
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+TEXTS, T = ["slow flute and a drum", None, "organ"], 12
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operations inside `with`; replay() repeats them on the same tensors, as a graph would."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default, "the host waits for a number"
+        result = operation(*args, **kwargs or {})
+        self.operations.append((operation, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for operation, args, kwargs, result in self.operations:
+            again = operation(*args, **kwargs)
+            pairs = zip(result, again) if isinstance(result, tuple) else [(result, again)]
+            for recorded, new in pairs:
+                if isinstance(new, torch.Tensor) and new.data_ptr() != recorded.data_ptr():
+                    recorded.copy_(new)
+
+
+def imitation(step, device):
+    """As cuda.record; but here recording a step takes it, so it is the one before that is taken again."""
+    buffers, _ = step.args
+    for counter in (buffers.number, buffers.place, buffers.position):
+        counter -= 1
+    with Recorder() as graph:
+        step()
+    return graph
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request, monkeypatch):
+    monkeypatch.setattr(cuda, "BUCKET", 8)
+    if request.param == "cpu":
+        monkeypatch.setattr(cuda, "record", imitation)
+    return torch.device(request.param)
+
+
+def models(device, **options):
+    """A model on the device as lm.py has it, and one that decodes by graphs."""
+    lm = make(**options).to(device)
+    return lm, optimize_for_cuda(copy.deepcopy(lm))
+
+
+def passes_of(lm, texts=TEXTS, two_step=False):
+    return condition_passes(lm, conditions_of(lm, texts, [1, None, 2][:len(texts)]), T, 3.0, two_step)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_tokens_are_those_of_the_plain_way(device, options):
+    """Over several buckets; texts of several lengths, so that a prefix or a condition has padding."""
+    lm, fast = models(device, **options)
+    passes = passes_of(lm, two_step=options == {})
+    expected = generate(lm, passes, T, [0, 1, 2], top_k=5)
+    assert torch.equal(generate(fast, passes, T, [0, 1, 2], top_k=5), expected)
+    for buffers in fast.spare:
+        assert len(buffers.graphs) > 1 and None not in buffers.graphs.values()
+
+
+def test_logits_are_near_those_of_all_columns_at_once(device):
+    lm, fast = models(device, positional_embedding="sin_rope", text="cross")
+    codes = torch.randint(lm.config.card, (2, 4, T), device=device)
+    sequence, _ = lm.pattern.build(codes, lm.special)
+    S = sequence.shape[-1]
+    with torch.no_grad():
+        conditions = passes_of(lm, TEXTS[:1])[0]
+        expected = lm(sequence, conditions)
+        cache = fast.new_cache(2, S + conditions.prefix_length)
+        columns = [fast(sequence[..., s:s + 1], conditions, cache) for s in range(S)]
+    torch.testing.assert_close(torch.cat(columns, 2), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(text="cross"), dict(text="interpolate")], ids=str)
+def test_graphs_serve_the_next_generation(device, options):
+    """Other conditions, of the same shapes and longer ones, and whatever has been left in the cache."""
+    lm, fast = models(device, **options)
+    generate(fast, passes_of(lm, ["organ", None, "flute"]), T, [3, 4, 5])
+    buffers, = fast.spare
+    graphs = dict(buffers.graphs)
+    for tensor in (buffers.keys, buffers.values, buffers.logits):
+        tensor.fill_(float("nan"))
+    for texts in (["drums", "flute", None], ["longer", "flute", None]):
+        passes = passes_of(lm, texts)
+        expected = generate(lm, passes, T, [0, 1, 2], top_k=5)
+        assert torch.equal(generate(fast, passes, T, [0, 1, 2], top_k=5), expected)
+        if texts[0] == "drums":     # as many letters as before
+            assert fast.spare == [buffers] and buffers.graphs == graphs
+
+
+def test_two_generations_at_once_do_not_meet(device):
+    lm, fast = models(device)
+    passes, nothing = passes_of(lm, TEXTS[:1]), torch.empty(1, 4, 0, dtype=torch.long, device=device)
+    expected = [generate(lm, passes, T, [seed]) for seed in (0, 1)]
+    streams = [stream_window(fast, passes, T, [seed], nothing, Settings(top_k=0)) for seed in (0, 1)]
+    pieces = zip(*zip(*streams))
+    for stream, codes in zip(pieces, expected):
+        assert torch.equal(torch.cat(stream, -1), codes)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(capsys):
+    """A step that waits for the device; without one there is nothing to record with."""
+    assert cuda.record(lambda: torch.ones(1, device="cuda").item(), torch.device("cuda")) is None
+    assert capsys.readouterr().err.count("\n") == 1
