@@ -1,23 +1,29 @@
 """Decoding by CUDA graphs (speed/cuda.py), and the table that tests/cuda.sh prints.
 
     python -m pytest tests/test_cuda.py
+    python -m pytest -m slow tests/test_cuda.py     # more rows of the table, with tiny shapes on the CPU
 
 Without a CUDA device graphs are imitated: what a step does is recorded, and repeated as it was recorded. So a
 step that read anything from the host, or waited for the device, would fail here, too.
 """
 import copy
+import os
+import re
 import subprocess
+import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cuda_rows
 from constants import ROOT
 from models import OPTIONS, conditions_of, make
 from sample import Settings, condition_passes, generate, stream_window
 from speed import cuda, optimize_for_cuda
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+WAITING = torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default
 TEXTS, T = ["slow flute and a drum", None, "organ"], 12
 
 
@@ -29,7 +35,7 @@ class Recorder(TorchDispatchMode):
         self.operations = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        assert operation is not torch.ops.aten._local_scalar_dense.default, "the host waits for a number"
+        assert operation not in WAITING, "the host waits for a number"
         result = operation(*args, **kwargs or {})
         self.operations.append((operation, args, kwargs or {}, result))
         return result
@@ -126,3 +132,73 @@ def test_what_cannot_be_recorded_runs_as_it_is(capsys):
     """A step that waits for the device; without one there is nothing to record with."""
     assert cuda.record(lambda: torch.ones(1, device="cuda").item(), torch.device("cuda")) is None
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- tests/cuda.sh ----------------------------------------------------------------------------------------
+
+PYTHON = """#!/bin/sh
+case "$*" in
+    -c*) exit 1 ;;
+    *heading*) echo "| what | measured |" ;;
+    *codec*) echo "| codec | 3 s/s |" ;;
+    *parallel*) echo "before"; echo "Traceback" >&2; echo "ValueError: a | b" >&2; exit 1 ;;
+    *) exec sleep 60 ;;
+esac
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """tests/cuda.sh with a stand-in for Python."""
+    if sys.platform != "linux":
+        pytest.skip("needs bash and timeout")
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def run(*argv):
+        command = ["bash", ROOT / "tests" / "cuda.sh", *argv]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        return done, [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return run
+
+
+def test_script_goes_on_behind_a_row_that_fails(script):
+    done, rows = script("--device", "cpu", "parallel", "codec")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert rows[1:] == ["| codec | 3 s/s |", "| parallel | FAILED (1): ValueError: a / b | | |"]
+
+
+def test_script_ends_in_time(script):
+    """A row that hangs takes what time there is; the one behind it, which is no row at all, has none left."""
+    done, rows = script("--device", "cpu", "--seconds", "2", "sample_tiny", "none")
+    assert done.returncode == 1 and len(rows) == 3
+    assert re.match(r"\| sample_tiny \| FAILED \(124\): its [12] s are over", rows[1])
+    assert rows[2] == "| none | not run: the 2 s are over | | |"
+
+
+def test_script_without_a_device(script):
+    done, rows = script()
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 1 and "not run" in done.stderr
+
+
+SLOW = [name for name in cuda_rows.ROWS if name not in ("heading", "decode_1.5B", "tests", "parallel")]
+
+
+@pytest.mark.parametrize("name", ["heading", "decode_1.5B",
+                                  *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_rows_of_the_script(name, monkeypatch, capsys):
+    """But for tests, which would run this one, and parallel, which leaves processes that have been joined."""
+    monkeypatch.setattr(sys, "argv", ["cuda_rows.py", name, "--device", "cpu", "--quick"])
+    cuda_rows.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert rows and all(row.count("|") == 5 for row in rows)
+
+
+def test_script_row_that_fails_says_why(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cuda_rows.py", "codec", "--device", "cpu", "--quick"])
+    monkeypatch.setitem(cuda_rows.ROWS, "codec", lambda args: cuda_rows.check(False, "codes differ"))
+    with pytest.raises(SystemExit, match="codes differ"):
+        cuda_rows.main()
