@@ -183,13 +183,14 @@ def test_script_without_a_device(script):
     assert done.stderr.count("\n") == 1 and "not run" in done.stderr
 
 
-SLOW = [name for name in cuda_rows.ROWS if name not in ("heading", "decode_1.5B", "tests", "parallel")]
+QUICK = ("heading", "decode_1.5B")
+# tests would run this test, parallel leaves joined processes, and a CPU compiles layers for minutes
+OTHERS = ("tests", "parallel", "compile_decode", "compile_train")
+SLOW = [name for name in cuda_rows.ROWS if name not in QUICK + OTHERS]
 
 
-@pytest.mark.parametrize("name", ["heading", "decode_1.5B",
-                                  *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_rows_of_the_script(name, monkeypatch, capsys):
-    """But for tests, which would run this one, and parallel, which leaves processes that have been joined."""
     monkeypatch.setattr(sys, "argv", ["cuda_rows.py", name, "--device", "cpu", "--quick"])
     cuda_rows.main()
     lines = capsys.readouterr().out.splitlines()
