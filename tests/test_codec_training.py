@@ -2,10 +2,12 @@
 
     python -m pytest tests/test_codec_training.py
 """
+import pytest
 import torch
 
 from config import Config
 from encodec import EncodecModel
+from system.errors import UserError
 from train import train
 from training.figures import signs_of_collapse
 from training_runs import ADVERSARIAL, assert_same_run, lines, settings, state, stop_at
@@ -39,6 +41,14 @@ def test_a_collapse_is_told(training_data, codec_run, tmp_path, capsys):
     assert signs_of_collapse(config, healthy) == []
     assert "codebook 2 collapses: 10%" in signs_of_collapse(config, healthy | {"live": [1.0, 0.1]})[0]
     assert signs_of_collapse(config, healthy | {"live": [1.0, 0.1], "update": 2}) == []
+
+
+def test_no_bfloat16_on_a_cpu(training_data, tmp_path):
+    """On processors with AMX its strided convolutions are wrong there, and the codec would collapse."""
+    config = Config(**settings(training_data, tmp_path / "out", "codec", dtype="bfloat16"))
+    with pytest.raises(UserError, match="on a CPU the codec trains in float32 alone"):
+        train(config)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_the_last_part_trains_the_decoder_alone(training_data, tmp_path):
