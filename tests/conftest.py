@@ -14,8 +14,13 @@ from encodec import EncodecModel
 from lm import LMModel
 from sample import MusicGen
 from sampling.takes import write_codes
+from side_by_side import run_tests
 from train import train
 from training_runs import ADVERSARIAL, all_runs, begun_on_two_processes, settings, write_data
+
+
+def pytest_runtestloop(session):
+    return run_tests(session)
 
 
 def make_world(root: Path) -> Path:
