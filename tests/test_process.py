@@ -231,7 +231,7 @@ def test_without_a_home(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize("streams, code", [(">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 2),
                                            (">/dev/full 2>/dev/full", 2)])
 def test_streams_that_are_closed_or_full(tmp_path, streams, code):
-    line = f"{shlex.quote(sys.executable)} {ROOT / 'patterns.py'} {streams}"
+    line = f"{shlex.quote(sys.executable)} {ROOT / 'config.py'} {ROOT / 'config' / 'melody.py'} {streams}"
     result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120)
     assert result.returncode == code and "Traceback" not in result.stderr, result
 

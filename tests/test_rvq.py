@@ -3,14 +3,13 @@
     python -m pytest tests/test_rvq.py
 """
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import rvq
-from constants import ROOT
+from commands import exit_code, start
 from deviations import golden, near, same
 from rvq import ResidualVectorQuantizer
 from system.errors import UserError
@@ -213,37 +212,27 @@ def test_asking_for_codebooks_that_are_not_there(n_q):
 
 # --- two processes -----------------------------------------------------------------------------------------
 
-PROGRAM = """
-import os, sys, torch
-import torch.distributed as dist
-from rvq import ResidualVectorQuantizer
-rank, world, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-if world > 1:
-    dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=world)
-quantizer = ResidualVectorQuantizer(4, 3, 16, kmeans_iters=5, q_dropout=True).train()
-torch.manual_seed(0)
-batches = torch.randn(5, 4, 4, 40)
-batches[3:] *= 5  # far from what the entries know: some die
-quantizer.codebooks[0].decay = 0.3
-for batch in batches:
-    quantizer(batch.chunk(world)[rank])
-if rank == 0:
-    torch.save(quantizer.state_dict(), out)
-# without destroy_process_group: in torch 2.6 a process may wait there for the file that the other has deleted
-os._exit(0)
-"""
+def learn(argv):
+    """One of `world` processes trains codebooks on its part of each batch; the first saves them."""
+    rank, world, out = int(argv[0]), int(argv[1]), argv[2]
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=world)
+    quantizer = ResidualVectorQuantizer(4, 3, 16, kmeans_iters=5, q_dropout=True).train()
+    torch.manual_seed(0)
+    batches = torch.randn(5, 4, 4, 40)
+    batches[3:] *= 5  # far from what the entries know: some die
+    quantizer.codebooks[0].decay = 0.3
+    for batch in batches:
+        quantizer(batch.chunk(world)[rank])
+    if rank == 0:
+        torch.save(quantizer.state_dict(), out)
+    # without destroy_process_group: in torch 2.6 a process may wait for a file that the other has deleted
+    os._exit(0)
 
 
 def train_with(world, path):
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    jobs = [subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), str(world), str(path)],
-                             env=environment) for rank in range(world)]
-    try:
-        assert [job.wait(120) for job in jobs] == [0] * world
-    finally:
-        for job in jobs:
-            job.kill()
+    pids = [start(learn, rank, world, path) for rank in range(world)]
+    assert [exit_code(pid) for pid in pids] == [0] * world
     return torch.load(path, weights_only=True)
 
 

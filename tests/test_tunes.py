@@ -5,13 +5,12 @@
 import argparse
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 
+from commands import afresh, command, forked, refused, worked
 from constants import ROOT
 from data import render, tunes
 from data.notes import parse_bars
@@ -230,16 +229,10 @@ def test_chords_of_a_plain_tune():
 
 # --- the command ------------------------------------------------------------------------------------------
 
-def run_tunes(*argv):
-    command = [sys.executable, ROOT / "data" / "tunes.py", *argv]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_same_seed_same_bytes_with_one_or_two_workers(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    done = run_tunes("--out", two, "--seconds", "1", "--sample_rate", "8000", "--clips", "0", "1", "0",
-                     "--workers", "2")
-    assert done.returncode == 0, done.stderr
+    worked(command(tunes.main, "--out", two, "--seconds", "1", "--sample_rate", "8000",
+                   "--clips", "0", "1", "0", "--workers", "2"))
     args = argparse.Namespace(out=str(one), seed=0, seconds=1, sample_rate=8000, stems=True)
     for i in reversed(range(20)):   # in another order, too
         tunes.write_clip((args, "valid", i))
@@ -273,8 +266,7 @@ def test_a_mistake_is_refused(tmp_path, flags):
 
 
 def test_a_mistake_ends_in_one_sentence(tmp_path):
-    done = run_tunes("--out", tmp_path, "--bpm", "0")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    refused(forked(afresh, ROOT / "data" / "tunes.py", "--out", tmp_path, "--bpm", "0"), "tunes.py: --bpm")
     assert not list(tmp_path.iterdir())
 
 
@@ -288,9 +280,8 @@ def test_16_bits_are_rounded(tmp_path):
 
 
 def test_the_asset_is_what_its_command_makes(tmp_path):
-    done = run_tunes("--one", "Ode to Joy", "--instrument", "piano", "--seconds", "10",
-                     "--to", tmp_path / "ode.wav")
-    assert done.returncode == 0, done.stderr
+    worked(command(tunes.main, "--one", "Ode to Joy", "--instrument", "piano", "--seconds", "10",
+                   "--to", tmp_path / "ode.wav"))
     fresh, _ = soundfile.read(tmp_path / "ode.wav")
     shipped, rate = soundfile.read(ROOT / "assets" / "ode_to_joy.wav")
     assert rate == RATE and np.abs(fresh - shipped).max() < 1e-3    # other processors round otherwise

@@ -34,7 +34,7 @@ melodies = [torch.eye(12)[torch.randint(12, (config.chroma_frames,))] for _ in t
 
 
 def play(texts=texts, **settings):
-    return model.generate_codes(texts, melodies, duration=0.25, seeds=[0, 1], guidance=3.0, **settings)
+    return model.generate_codes(texts, melodies, duration=0.1, seeds=[0, 1], guidance=3.0, **settings)
 
 
 assert torch.equal(play(text_guidance=3.0), play(two_step=True)), "equal strengths are the old rule"
