@@ -2,8 +2,8 @@
 
 A test keeps one core busy, so that on two cores all of them take little more than half as long. What the fork
 finds is shown after the rest, as if it had been run here, but for warnings of other packages. Nothing is
-forked for the tests of one file, on one core, and where somebody looks on (-x, -s, --pdb): pytest then runs
-one test after the other, as ever.
+forked for the tests of one file, on one core, beside a GPU, and where somebody looks on (-x, -s, --pdb):
+pytest then runs one test after the other, as ever.
 """
 import contextlib
 import itertools
@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from commands import exit_code
 
@@ -25,7 +26,7 @@ def run_tests(session):
     """Runs all tests of a session -> True; None if pytest is to do so itself."""
     option, files = session.config.option, {item.path for item in session.items}
     watched = option.collectonly or option.maxfail or option.usepdb or option.capture == "no"
-    if watched or session.testsfailed or len(files) < 2 or not two_cores():
+    if watched or session.testsfailed or len(files) < 2 or not can_fork():
         return None
     numbered = list(enumerate(session.items))
     with tempfile.TemporaryDirectory() as folder:
@@ -46,9 +47,9 @@ def run_tests(session):
     return True
 
 
-def two_cores() -> bool:
-    """Whether there are two, and not others (pytest-xdist) that give them work."""
-    if sys.platform != "linux" or "PYTEST_XDIST_WORKER" in os.environ:
+def can_fork() -> bool:
+    """Whether a fork has a core of its own, and all that tests ask for: CUDA, once asked for, refuses it."""
+    if sys.platform != "linux" or torch.cuda.is_available() or "PYTEST_XDIST_WORKER" in os.environ:
         return False
     return len(os.sched_getaffinity(0)) > 1
 
