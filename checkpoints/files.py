@@ -6,6 +6,7 @@ A checkpoint is a directory with config.json and model.safetensors; those of oth
 .bin. How transformers' and audiocraft's formats differ from ours: codec_formats.py and lm_formats.py.
 """
 import hashlib
+import itertools
 import os
 import re
 from contextlib import contextmanager
@@ -18,7 +19,14 @@ from torch.overrides import TorchFunctionMode
 from system.errors import UserError, as_user_error, naming
 from system.files import read_json, write_atomic
 
-SCALE = ".scale"    # beside an int8 matrix: the factor of each of its rows
+SCALE = ".scale"    # beside a matrix in int8 or int4: the factor of each of its rows
+
+INT4 = torch.uint8  # as torch has no such numbers: two of them in a byte, see `quantize_groups`
+GROUP = 32          # int4 weights that share a scale
+# What the 16 numbers of 4 bits stand for, times the scale. The largest weight of a group is always the first.
+# Of all such numbers these have the least error for groups of normally distributed weights.
+INT4_LEVELS = (-1.0, -0.762, -0.5873, -0.445, -0.3234, -0.2161, -0.1167, -0.0228,
+               0.0683, 0.1602, 0.2543, 0.3528, 0.4585, 0.577, 0.7138, 0.8825)
 
 FORMER_NAMES = (    # parameters that had another name in files of before November 2026
     (r"(^|\.)heads\.", r"\1lm_heads."),
@@ -273,7 +281,47 @@ def write_tensors(path, tensors: dict, metadata: dict | None = None):
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata or {"format": "pt"}))
 
 
+def int4_table() -> torch.Tensor:
+    """(256, 16) int8: the weight that 4 bits stand for, by the scale of its group, as an unsigned byte."""
+    scales = torch.arange(256, dtype=torch.uint8).view(torch.int8).clamp(min=-127)
+    return (scales[:, None] * torch.tensor(INT4_LEVELS)).round_().to(torch.int8)
+
+
+def quantize_groups(weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, columns) -> int4 as (rows, columns * 17/32) bytes, and the scale (rows) that brings it back.
+
+    columns: a multiple of 64. Weights are first brought to -127 ... 127, as in int8. Then each group of 32
+    has a whole number as its scale, and a weight is 4 bits. A row of bytes is first pairs of weights, then
+    the scales: of every 64 columns, byte i has the columns i, in its lower half, and 32 + i.
+    """
+    parts = [_quantize_groups(rows) for rows in weight.split(256)]    # as many as a cache holds
+    packed, scales = zip(*parts)
+    return torch.cat(packed), torch.cat(scales)
+
+
+def _quantize_groups(weight):
+    R, C = weight.shape
+    scale = weight.abs().amax(-1).float().clamp(min=1e-12) / 127
+    groups = (weight / scale[:, None]).view(R, C // GROUP, GROUP)
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scales = torch.where(-least > most, -least, -most).round_()     # so that the extreme is the first level
+    places = (groups / scales.where(scales != 0, 1)).add_(1).mul_(128).round_().clamp_(0, 256)
+    middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(INT4_LEVELS)])
+    nearest = torch.bucketize(torch.linspace(-1, 1, 257), middles).to(weight.device, torch.uint8)
+    bits = nearest.index_select(0, places.flatten().int()).view(R, C // 64, 2, GROUP)
+    pairs = bits[:, :, 0] | bits[:, :, 1] << 4
+    return torch.cat([pairs.flatten(1), scales.flatten(1).to(torch.int8).view(torch.uint8)], dim=1), scale
+
+
+def columns_of(weight) -> int:
+    """How many columns a matrix has, which in int4 is not its last dimension."""
+    return weight.shape[-1] * 32 // 17 if weight.dtype == INT4 else weight.shape[-1]
+
+
 def quantize_rows(weight) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., rows, columns) -> int8 of the same shape, and the scale (..., rows) that brings it back."""
     scale = weight.abs().amax(-1).float().clamp(min=1e-12) / 127
     return (weight / scale[..., None]).round_().to(torch.int8), scale
+
+
+QUANTIZERS = {torch.int8: quantize_rows, INT4: quantize_groups}

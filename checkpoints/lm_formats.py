@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from checkpoints.codec_formats import export_codec
-from checkpoints.files import (SCALE, current_name, is_audiocraft, listed, look_up, quantize_rows,
-                               read_audiocraft, read_tensors, write_tensors)
+from checkpoints.files import (INT4, QUANTIZERS, SCALE, columns_of, current_name, is_audiocraft, listed,
+                               look_up, quantize_rows, read_audiocraft, read_tensors, write_tensors)
 from config import Config, known
 from system.errors import UserError
 from system.files import read_json, write_atomic
@@ -57,21 +57,22 @@ NOT_THE_LM = ("text_encoder.", "audio_encoder.", "decoder.model.decoder.embed_po
 def read_tensors_for(lm, directory, origin: str, dtype) -> dict:
     """Our names -> tensors of a model directory, for the LMModel `lm` on the meta device.
 
-    origin: as `read_config` says. dtype: None keeps that of the file; with torch.int8, matrices that are int8
-    in `lm` are quantized as they are read: little more memory is taken than they need. Raises UserError.
+    origin: as `read_config` says. dtype: None keeps that of the file; with one of QUANTIZERS, matrices that
+    are quantized in `lm` become so as they are read: little more memory is taken than they need. Raises
+    UserError.
     """
     own = lm.state_dict()
-    rest = torch.float32 if dtype == torch.int8 else dtype
-    int8 = {name for name, tensor in own.items() if tensor.dtype == torch.int8}
+    rest = torch.float32 if dtype in QUANTIZERS else dtype
+    kinds = {name: tensor.dtype for name, tensor in own.items() if tensor.dtype in QUANTIZERS}
     if origin == "ours":
-        tensors = read_ours(directory, rest, int8)
+        tensors = read_ours(directory, rest, kinds)
     else:
         found = ((n, t) for n, t in read_tensors(directory) if not n.startswith(NOT_THE_LM))
         if origin == "transformers":
             found = itertools.chain(found, identity_projections(lm).items())
-        shapes = {name: tensor.shape for name, tensor in own.items()}
-        tensors = pack(found, name_table(lm, origin == "audiocraft"), shapes, rest, directory, int8)
-    if int8:
+        shapes = {name: (*tensor.shape[:-1], columns_of(tensor)) for name, tensor in own.items()}
+        tensors = pack(found, name_table(lm, origin == "audiocraft"), shapes, rest, directory, kinds)
+    if kinds:
         tensors = {name.replace(".weight" + SCALE, SCALE): tensor for name, tensor in tensors.items()}
     if rest is not None:        # norms and embeddings of a model that computes in float32
         for name, tensor in tensors.items():
@@ -80,25 +81,33 @@ def read_tensors_for(lm, directory, origin: str, dtype) -> dict:
     return tensors
 
 
-def read_ours(directory, dtype, int8: set) -> dict:
-    """Tensors of a directory of ours, whose matrices may be stored as int8 with a scale for each row."""
+def read_ours(directory, dtype, kinds: dict) -> dict:
+    """Tensors of a directory of ours, whose matrices may be stored as int8 with a scale for each row.
+
+    kinds: names -> dtypes of those that are to be quantized.
+    """
     tensors = {}
     for name, tensor in read_tensors(directory):
         name = current_name(name)
-        if name in int8 and tensor.is_floating_point() and tensor.dim() == 2:
-            tensor, tensors[name + SCALE] = quantize_rows(tensor)
+        if name in kinds and tensor.is_floating_point() and tensor.dim() == 2:
+            tensor, tensors[name + SCALE] = QUANTIZERS[kinds[name]](tensor)
         if dtype is not None and tensor.is_floating_point() and not name.endswith(SCALE):
-            # for int8 a copy: nothing may hold on to the file, whose pages count as memory
-            tensor = tensor.to(dtype, copy=bool(int8))
+            # beside quantized ones a copy: nothing may hold on to the file, whose pages count as memory
+            tensor = tensor.to(dtype, copy=bool(kinds))
         tensors[name] = tensor
     for name in [name for name in tensors if name + SCALE in tensors]:
         weight, scale = tensors[name], tensors[name + SCALE]
         if scale.shape != weight.shape[:1] or not scale.is_floating_point():
             raise UserError(f"{directory}: {name} is {tuple(weight.shape)}, its scale {tuple(scale.shape)}; "
                             f"damaged")
-        if name not in int8:
+        if weight.dtype == kinds.get(name):
+            continue
+        weight = (weight * scale[:, None]).to(dtype or torch.float32)
+        if name in kinds:
+            weight, tensors[name + SCALE] = QUANTIZERS[kinds[name]](weight)
+        else:
             del tensors[name + SCALE]
-            tensors[name] = (weight * scale[:, None]).to(dtype or torch.float32)
+        tensors[name] = weight
     for name, other in (TIED, TIED[::-1]):
         if name in tensors:
             tensors.setdefault(other, tensors[name])
@@ -108,8 +117,11 @@ def read_ours(directory, dtype, int8: set) -> dict:
 def write_lm(lm, directory, compact: bool):
     """Writes config.json and model.safetensors of an LMModel, without a frozen T5, which config.json names.
 
-    compact: matrices as int8 with a scale for each row, the rest as float16; a quarter of the size.
+    compact: matrices as int8 with a scale for each row, the rest as float16; a quarter of the size. Raises
+    UserError for matrices in int4: they are made of a file, which is still there.
     """
+    if any(tensor.dtype == INT4 for tensor in lm.state_dict().values()):
+        raise UserError(f"{directory}: a model loaded in int4 is not written; load it in another dtype")
     tensors = {re.sub(r"\.scale$", ".weight" + SCALE, name): t for name, t in lm.state_dict().items()}
     tensors.pop(TIED[1], None)
     for name, tensor in list(tensors.items()) if compact else ():
@@ -134,10 +146,10 @@ def name_table(lm, audiocraft: bool) -> dict[str, list[str]]:
     return {ours: parts for ours, parts in table.items() if ours in own}
 
 
-def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where, int8=()) -> dict:
+def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where, kinds={}) -> dict:
     """An iterable of (other name, tensor) -> our tensors, copied into place one by one as they are read.
 
-    int8: names of ours that are quantized on the way, with their scales beside them.
+    kinds: names of ours -> dtypes of those that are quantized on the way, with their scales beside them.
     """
     place = {name: (ours, i) for ours, parts in table.items() for i, name in enumerate(parts)}
     packed, missing, unexpected, wrong = {}, dict(place), [], []
@@ -152,10 +164,10 @@ def pack(tensors, table: dict[str, list[str]], shapes: dict, dtype, where, int8=
             wrong.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {(rows, *shapes[ours][1:])}")
             continue
         parts = {ours: tensor.to(dtype or tensor.dtype)}
-        if ours in int8:
-            parts = dict(zip((ours, ours + SCALE), quantize_rows(tensor)))
+        if ours in kinds:
+            parts = dict(zip((ours, ours + SCALE), QUANTIZERS[kinds[ours]](tensor)))
         for part_name, part in parts.items():
-            packed.setdefault(part_name, torch.empty(shapes[ours][:part.dim()], dtype=part.dtype))
+            packed.setdefault(part_name, part.new_empty(shapes[ours][0], *part.shape[1:]))
             packed[part_name][i * rows:(i + 1) * rows] = part
     if missing or unexpected or wrong:
         raise UserError(f"{where}: does not fit its configuration; missing: {listed(missing) or 'none'}; "

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from checkpoints.files import open_checkpoint
+from checkpoints.files import INT4, open_checkpoint
 from encodec import EncodecModel
 from lm import LMModel
 from system.devices import device_of, pick_device
@@ -17,15 +17,16 @@ try:    # on a CPU PackedLinear and PackedCache (speed/decoding.py) take over fr
 except ImportError:     # without that folder everything computes as it is written in the stages
     fastest_dtype = optimize_codec = optimize_for_cpu = optimize_for_cuda = None
 
-DTYPES = ("float32", "bfloat16", "float16", "int8", "auto")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "int4", "auto")
 
 
 def load_models(name_or_dir, device="auto", dtype="float32", compile=False):
     """Loads our directory, a transformers directory or hub id, or one in audiocraft's format -> lm, codec.
 
-    dtype: of the language model's weights; "int8" is for the CPU, "auto" the fastest for the device. The
-    codec stays in float32, but for its decoder on a CPU that computes in bfloat16. compile: the layers by
-    torch.compile, where speed/kernels.c does not run them. Raises UserError for what does not fit.
+    dtype: of the language model's weights; "int8" and "int4" are for the CPU, "auto" is the fastest for the
+    device, but never "int4". The codec stays in float32, but for its decoder on a CPU that computes in
+    bfloat16. compile: the layers by torch.compile, where speed/kernels.c does not run them. Raises UserError
+    for what does not fit.
     """
     # oneDNN, and torch beside it, keep code for up to 1,024 lengths: memory would grow for hours
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -35,13 +36,15 @@ def load_models(name_or_dir, device="auto", dtype="float32", compile=False):
     device, directory = pick_device(device), open_checkpoint(name_or_dir, with_codec=True)
     if dtype == "auto":
         dtype = fastest_dtype(device) if fastest_dtype else "float32"
-    if dtype == "int8" and device.type != "cpu":
-        raise UserError(f"dtype 'int8' is for the CPU; on {device.type} take bfloat16 or float16")
-    if dtype == "int8" and not optimize_for_cpu:
-        raise UserError("dtype 'int8' needs the folder speed/, which is not here; take float32")
+    quantized = dtype in ("int8", "int4")
+    if quantized and device.type != "cpu":
+        raise UserError(f"dtype {dtype!r} is for the CPU; on {device.type} take bfloat16 or float16")
+    if quantized and not optimize_for_cpu:
+        raise UserError(f"dtype {dtype!r} needs the folder speed/, which is not here; take float32")
 
     prepare = optimize_for_cpu if device.type == "cpu" and dtype != "float16" else None
-    lm = LMModel.from_pretrained(directory, getattr(torch, dtype), prepare).to(device)
+    weights = INT4 if dtype == "int4" else getattr(torch, dtype)
+    lm = LMModel.from_pretrained(directory, weights, prepare).to(device)
     if device.type == "cuda" and optimize_for_cuda:
         optimize_for_cuda(lm)
     if compile and not lm.packed:
@@ -51,7 +54,7 @@ def load_models(name_or_dir, device="auto", dtype="float32", compile=False):
     codec_device = "cpu" if device.type == "mps" else device
     codec = codec_of(directory, lm).fold().to(codec_device)
     if optimize_codec and device_of(codec).type == "cpu":
-        narrow = device.type == "cpu" and dtype in ("bfloat16", "int8")
+        narrow = device.type == "cpu" and (quantized or dtype == "bfloat16")
         codec = optimize_codec(codec, torch.bfloat16 if narrow else torch.float32)
     return lm, codec
 

@@ -1,7 +1,7 @@
 """Optional speed. Nothing here changes a result beyond rounding; all works without this folder.
 
     kernels.c, kernels.py   products, attention, optimizer loops that read memory once; compiled at first use
-    decoding.py             the language model in generation: weights in float32, bfloat16 or int8
+    decoding.py             the language model in generation: weights in float32, bfloat16, int8 or int4
     cuda.py                 the language model in generation on a GPU: CUDA graphs
     codec.py                the codec's convolutions as matrix products
     training.py             layers and D-Adaptation in training

@@ -1,12 +1,13 @@
 """Decoding on the CPU, as fast as the memory allows. Optional: the mathematics is in lm.py.
 
-    python sample.py --dtype int8 ...       # or bfloat16, float32, auto
+    python sample.py --dtype int8 ...       # or int4, bfloat16, float32, auto
 
 Decoding a column reads every weight and the whole cache, and multiplies them with the two rows of guidance.
 It is memory-bandwidth-bound, and the usual products do not reach that bound. `optimize_for_cpu` puts
-`PackedLinear` in the place of every Projection of a model: weights in float32, bfloat16 or int8 (each row
-with a scale), multiplied by kernels.c. `PackedCache` holds keys and values likewise. Without a C compiler
-the fastest of torch's own products take their place, and `HalfCache`.
+`PackedLinear` in the place of every Projection of a model: weights in float32, bfloat16, int8 (each row
+with a scale) or int4 (each group of 32 with one, too), multiplied by kernels.c. `PackedCache` holds keys and
+values likewise, beside int4 in int8. Without a C compiler the fastest of torch's own products take their
+place, and `HalfCache`; int4 needs kernels.c.
 """
 import weakref
 
@@ -14,24 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoints.files import quantize_rows
+from checkpoints.files import INT4, QUANTIZERS, columns_of, quantize_rows
 from conditioners import Conditions
 from config import Config
 from lm import Cache, LayerCache, LMModel, Projection
 from speed.kernels import ARM, KINDS, data_pointers, has_bfloat16, kernels
 from speed.products import block_attention, product
+from system.errors import UserError
 
 FEW = 32            # rows up to which a product waits for the weights rather than for the arithmetic
 MASKED = -1e30      # added to the scores of what is not to be seen
-POINTERS = 30       # of a layer, in struct layer of kernels.c
+POINTERS = 36       # of a layer, in struct layer of kernels.c, with the kinds of its matrices
 
 
 class PackedLinear(nn.Module):
-    """Projection for generation: weight (out, in), and scale (out,) where that is int8."""
+    """Projection for generation: weight (out, in), and scale (out,) where that is int8 or int4.
+
+    A row of int4 is in * 17/32 bytes (`quantize_groups`).
+    """
 
     def __init__(self, weight, dtype):
         super().__init__()
-        weight, scale = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype), None)
+        scale = None
+        if dtype in QUANTIZERS:
+            weight, scale = QUANTIZERS[dtype](weight)
+        else:
+            weight = weight.to(dtype)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         # of products of many rows, and of their results
@@ -45,7 +54,7 @@ class PackedLinear(nn.Module):
         """The outputs start ... end alone."""
         weight = self.weight[start:end]
         scale = None if self.scale is None else self.scale[start:end]
-        R, C = weight.shape
+        R, C = len(weight), x.shape[-1]
         few = x.numel() <= FEW * C and R % 4 == C % 8 == 0
         if few and torch.compiler.is_compiling():   # one loop over the weights, as they are stored
             y = (x[..., None, :] * weight).sum(-1, dtype=x.dtype)
@@ -59,8 +68,19 @@ class PackedLinear(nn.Module):
             return y
         if few:
             return few_rows(x.flatten(0, -2), weight, scale).view(*x.shape[:-1], R).float()
+        if weight.dtype == INT4:
+            weight = unpacked(weight)
         y = product(x.to(self.many), weight.to(self.many)).to(self.results)
         return y if scale is None else y.mul_(scale.to(y.dtype))
+
+
+def unpacked(weight):
+    """A matrix in int4 as int8 (out, in), which has the same scales of the rows."""
+    R, C = len(weight), columns_of(weight)
+    as_int8 = torch.empty(R, C, dtype=torch.int8)
+    source, = data_pointers(weight, dtype=INT4)
+    kernels().unpack_int4(torch.get_num_threads(), source, *data_pointers(as_int8, dtype=torch.int8), R, C)
+    return as_int8
 
 
 def few_rows(x, weight, scale):
@@ -115,7 +135,8 @@ class PackedCache(Cache):
             return data_pointers(module.weight, module.bias)
 
         def matrix(module):
-            return data_pointers(module.weight, dtype=self.k.dtype) + data_pointers(module.scale)
+            dtype = module.weight.dtype
+            return [KINDS[dtype]] + data_pointers(module.weight, dtype=dtype) + data_pointers(module.scale)
 
         row = norm(layer.norm1) + matrix(layer.attn.qkv) + matrix(layer.attn.out)
         row += norm(layer.attn.q_norm) + norm(layer.attn.k_norm)
@@ -223,16 +244,23 @@ class PackedLMModel(LMModel):
 def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:
     """Puts PackedLinear in the place of every Projection, the rest in float32. For generation on the CPU.
 
-    dtype: of the weights; None keeps theirs. A model on the meta device gets empty ones, to be loaded.
+    dtype: of the weights; None keeps theirs. INT4 is for most of them (`takes_int4`), and the others are int8.
+    A model on the meta device gets empty ones, to be loaded. Raises UserError for INT4 without kernels.c.
     """
-    for module in list(lm.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Projection):
-                setattr(module, name, PackedLinear(child.weight.detach(), dtype or child.weight.dtype))
+    if dtype == INT4 and not kernels():
+        raise UserError("dtype 'int4' needs speed/kernels.c, and a C compiler for it (cc, gcc or clang); "
+                        "install one, or take int8")
+    packed = bool(kernels()) and lm.config.dim // lm.config.num_heads % 8 == 0
+    for name, module in list(lm.named_modules()):
+        if isinstance(module, Projection):
+            weight, kind = module.weight.detach(), dtype or module.weight.dtype
+            if kind == INT4 and not (packed and takes_int4(name, weight)):
+                kind = torch.int8
+            parent, _, child = name.rpartition(".")
+            setattr(lm.get_submodule(parent), child, PackedLinear(weight, kind))
     for tensor in lm.parameters():
         tensor.data = tensor.data.float()
-    width = lm.config.dim // lm.config.num_heads
-    if kernels() and width % 8 == 0:
+    if packed:
         lm.__class__ = PackedLMModel
     elif not kernels() and lm.lm_heads.weight.dtype != torch.float32:
         lm.__class__ = HalfCacheLMModel
@@ -243,8 +271,17 @@ def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:
     return lm
 
 
+def takes_int4(name: str, weight) -> bool:
+    """Whether a matrix is one of those that int4 is for: all but the first layer's and the heads'.
+
+    These cost the quality most (docs/speed.md). kernels.c takes 64 columns and 4 rows at once.
+    """
+    sensitive = name.startswith(("layers.0.", "lm_heads"))
+    return not sensitive and weight.shape[0] % 4 == weight.shape[1] % 64 == 0
+
+
 def fastest_dtype(device) -> str:
-    """The dtype of weights with which generation is fastest on a device."""
+    """The dtype of weights with which generation is fastest on a device that costs next to no quality."""
     if device.type == "cpu":
         library = kernels()
         if library is None:     # torch's own product with int8 weights is slow without AVX2 or NEON

@@ -1,6 +1,6 @@
 /* One step of decoding on the CPU. It reads a lot of memory once and computes little with it, in two loops,
 
-       product   y = x W^T for a few rows x, weights in int8, bfloat16 or float32
+       product   y = x W^T for a few rows x, weights in int4, int8, bfloat16 or float32
        attend    attention from one position to all before it, keys and values stored likewise
        decode    the layers of the transformer, made of the two: Layer.forward of lm.py without its overhead
 
@@ -9,7 +9,8 @@
 
    Arithmetic is in float32, but for int8 weights: there x is rounded to whole numbers of 16 bits, and their
    products with the weights are added up exactly. Sums in float32 are added up in the order in which they are
-   written here, whatever the compiler. So a row alone gives the same numbers as in a batch.
+   written here, whatever the compiler. So a row alone gives the same numbers as in a batch. Weights in int4
+   become int8 on the way, by a table (`unpack`).
 
        processor                       int8 weights                                    LANES (float32 at once)
        x86, AVX-512 VNNI or AVX-VNNI   bytes: vpdpbusd, 32 weights by half of x each   8
@@ -29,7 +30,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { INT8, BFLOAT16, FLOAT32 };
+enum { INT8, BFLOAT16, FLOAT32, INT4 };
 static const long BYTES[] = {1, 2, 4};
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -423,7 +424,65 @@ INLINE floats gelu_of(floats x)
     return x * 0.5f * (1 + z * p / q);
 }
 
-/* --- int8 weights times whole numbers ------------------------------------------------------------------- */
+/* --- int4 weights ---------------------------------------------------------------------------------------
+   A row of them, whose columns are a multiple of 64, is as `quantize_groups` of checkpoints/files.py makes it:
+   columns / 2 bytes with two weights each, then columns / 32 bytes, the scales of the groups of 32 columns.
+   Of 64 columns, byte i has the columns i, in its lower half, and 32 + i. */
+
+static int8_t int4_table[256][16];      /* scale, 4 bits -> the weight in int8 */
+
+void use_int4_table(const int8_t *table) { memcpy(int4_table, table, sizeof int4_table); }
+
+/* 64 columns from c on as int8. */
+INLINE void unpack(const uint8_t *row, long c, long columns, int8_t *out)
+{
+    const uint8_t *pairs = row + c / 2, *scales = row + columns / 2 + c / 32;
+    const int8_t *first = int4_table[scales[0]], *second = int4_table[scales[1]];
+#if defined(__AVX2__) && defined(__FMA__)
+    __m256i both = _mm256_loadu_si256((const void *)pairs), half = _mm256_set1_epi8(15);
+    __m256i of_first = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)first));
+    __m256i of_second = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)second));
+    __m256i upper = _mm256_and_si256(_mm256_srli_epi16(both, 4), half);
+    _mm256_storeu_si256((void *)out, _mm256_shuffle_epi8(of_first, _mm256_and_si256(both, half)));
+    _mm256_storeu_si256((void *)(out + 32), _mm256_shuffle_epi8(of_second, upper));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    for (int i = 0; i < 32; i += 16) {
+        uint8x16_t both = vld1q_u8(pairs + i);
+        vst1q_s8(out + i, vqtbl1q_s8(vld1q_s8(first), vandq_u8(both, vdupq_n_u8(15))));
+        vst1q_s8(out + 32 + i, vqtbl1q_s8(vld1q_s8(second), vshrq_n_u8(both, 4)));
+    }
+#else
+    for (int i = 0; i < 32; i++) {
+        out[i] = first[pairs[i] & 15];
+        out[32 + i] = second[pairs[i] >> 4];
+    }
+#endif
+}
+
+INLINE long row_bytes(long columns, int kind)
+{
+    return kind == INT4 ? columns / 2 + columns / 32 : columns * BYTES[kind];
+}
+
+struct unpacking { const uint8_t *w; int8_t *out; long rows, columns; };
+
+static void unpack_part(void *job)
+{
+    struct unpacking t = *(struct unpacking *)job;
+    struct part part = my_part(t.rows);
+    for (long r = part.first; r < part.end; r++)
+        for (long c = 0; c < t.columns; c += 64)
+            unpack(t.w + r * row_bytes(t.columns, INT4), c, t.columns, t.out + r * t.columns + c);
+}
+
+/* int4 weights as int8 ones (rows, columns). */
+void unpack_int4(int threads, const uint8_t *w, int8_t *out, long rows, long columns)
+{
+    struct unpacking job = {w, out, rows, columns};
+    run_threads(unpack_part, &job, threads, 0);
+}
+
+/* --- int8 and int4 weights times whole numbers ---------------------------------------------------------- */
 
 /* A row x in whole numbers. */
 struct whole {
@@ -456,18 +515,28 @@ INLINE floats whole_sum(const ints *part, const struct whole *x)
     return sum * x->unit;
 }
 
-/* Four rows of w times N (1 or 2) rows x. y (2, 4). */
-INLINE void four_rows_of_int8(const int8_t *w, const struct whole *x, float *y, long columns, int N)
+/* Four rows of w, in int8 or int4, times N (1 or 2) rows x. y (2, 4). */
+INLINE void four_rows_by_whole(const char *w, const struct whole *x, float *y, long columns, int kind, int N)
 {
     ints sum[2][4][PARTS] = {{{{0}}}};
-    for (long c = 0; c < columns; c += WIDE) {
-        for (int line = 0; line < 4 * WIDE; line += 64)     /* rows that come next */
-            __builtin_prefetch(w + 4 * (columns + c) + 1024 + line);
+    long bytes = row_bytes(columns, kind), step = kind == INT4 ? 64 : WIDE;
+    for (long c = 0; c < columns; c += step) {
+        for (int line = 0; line < 4 * row_bytes(step, kind); line += 64)    /* rows that come next */
+            __builtin_prefetch(w + 4 * bytes + 4 * (kind == INT4 ? c / 2 : c) + 1024 + line);
         for (int i = 0; i < 4; i++) {
-            wide weights = widen(w + i * columns + c);
-            for (int b = 0; b < N; b++)
-                for (int part = 0; part < PARTS; part++)
-                    sum[b][i][part] = multiply_add(sum[b][i][part], weights, x[b].x + c + part * WIDE / 2);
+            const int8_t *from = (const int8_t *)w + i * bytes + c;
+            int8_t unpacked[64];
+            if (kind == INT4) {
+                unpack((const uint8_t *)w + i * bytes, c, columns, unpacked);
+                from = unpacked;
+            }
+            for (int n = 0; n < step; n += WIDE) {
+                wide weights = widen(from + n);
+                for (int b = 0; b < N; b++)
+                    for (int part = 0; part < PARTS; part++)
+                        sum[b][i][part] = multiply_add(sum[b][i][part], weights,
+                                                       x[b].x + c + n + part * WIDE / 2);
+            }
         }
     }
     for (int b = 0; b < N; b++) {
@@ -530,10 +599,12 @@ struct product {
 /* Rows r to r + 3 of w times N (1 or 2) rows of x from row b on. y (2, 4). */
 INLINE void four_by_two(const struct product *p, long r, long b, float *y, int N)
 {
-    const char *w = p->w + r * p->columns * BYTES[p->kind];
+    const char *w = p->w + r * row_bytes(p->columns, p->kind);
     const float *x = p->x + b * p->columns;
-    if (p->whole)
-        four_rows_of_int8((const int8_t *)w, p->whole + b, y, p->columns, N);
+    if (p->kind == INT4)
+        four_rows_by_whole(w, p->whole + b, y, p->columns, INT4, N);
+    else if (p->whole)
+        four_rows_by_whole(w, p->whole + b, y, p->columns, INT8, N);
     else if (p->kind == INT8)
         four_rows(w, x, y, p->columns, INT8, N);
     else if (p->kind == BFLOAT16)
@@ -568,14 +639,19 @@ static void product_part(void *job)
         }
 }
 
-struct matrix { const char *w; const float *scale; };   /* (rows, columns), times scale (rows) or NULL */
+/* (rows, columns), times scale (rows) or NULL. */
+struct matrix {
+    long kind;
+    const char *w;
+    const float *scale;
+};
 
 /* y (batch, rows) = gelu(add + norm(x) W^T), x (batch, columns). norm, gelu and add (batch, rows), which may
-   be y, can be missing. rows is a multiple of 4, columns of 8. */
-static void multiply(int threads, int kind, struct matrix m, const float *x, struct norm norm, int gelu,
+   be y, can be missing. rows is a multiple of 4, columns of 8, with int4 of 64. */
+static void multiply(int threads, struct matrix m, const float *x, struct norm norm, int gelu,
                      const float *add, float *y, long rows, long columns, long batch)
 {
-    struct product job = {kind, gelu, m.w, m.scale, x, add, 0, y, rows, columns, batch};
+    struct product job = {m.kind, gelu, m.w, m.scale, x, add, 0, y, rows, columns, batch};
     float *normed = 0;
     int16_t *room = 0;
     struct whole whole[batch];
@@ -585,7 +661,7 @@ static void multiply(int threads, int kind, struct matrix m, const float *x, str
         normalize(normed, norm, columns, batch);
         job.x = normed;
     }
-    if (kind == INT8 && columns % WIDE == 0) {
+    if ((m.kind == INT8 || m.kind == INT4) && columns % WIDE == 0) {
         room = malloc(batch * columns * sizeof *room);
         for (long b = 0; b < batch; b++)
             whole[b] = whole_numbers(job.x + b * columns, room + b * columns, columns);
@@ -599,7 +675,7 @@ static void multiply(int threads, int kind, struct matrix m, const float *x, str
 void product(int threads, int kind, const char *w, const float *scale, const float *x, float *y,
              long rows, long columns, long batch)
 {
-    multiply(threads, kind, (struct matrix){w, scale}, x, NO_NORM, 0, 0, y, rows, columns, batch);
+    multiply(threads, (struct matrix){kind, w, scale}, x, NO_NORM, 0, 0, y, rows, columns, batch);
 }
 
 /* --- attention ------------------------------------------------------------------------------------------ */
@@ -784,7 +860,8 @@ static void rotate(float *x, const float *cosine, const float *sine, long heads,
         }
 }
 
-/* x (batch, heads * E) through N layers, in place. cosine, sine: (batch, E/2) of rotary positions, or NULL. */
+/* x (batch, heads * E) through N layers, in place. kind: of keys and values. cosine, sine: (batch, E/2) of
+   rotary positions, or NULL. */
 void decode(int threads, int kind, const struct layer *layer, long N, float *x, const float *cosine,
             const float *sine, const float *hidden, const float *cross_hidden, float *scores, long batch,
             long heads, long length, long steps, long E, long wide, long cross_length)
@@ -793,7 +870,7 @@ void decode(int threads, int kind, const struct layer *layer, long N, float *x, 
     float *qkv = malloc(batch * (3 * D + D + wide) * sizeof *qkv);
     float *heard = qkv + batch * 3 * D, *between = heard + batch * D;
     for (; N--; layer++) {
-        multiply(threads, kind, layer->qkv, x, layer->norm1, 0, 0, qkv, 3 * D, D, batch);
+        multiply(threads, layer->qkv, x, layer->norm1, 0, 0, qkv, 3 * D, D, batch);
         for (long b = 0; b < batch; b++) {
             float *q = qkv + b * 3 * D, *k = q + D;
             normalize(q, layer->q_norm, E, heads);
@@ -803,16 +880,16 @@ void decode(int threads, int kind, const struct layer *layer, long N, float *x, 
         }
         attend(threads, kind, qkv, qkv + D, qkv + 2 * D, 3 * D, layer->k, layer->k_scale, layer->v,
                layer->v_scale, hidden, scores, heard, batch, heads, length, steps, E);
-        multiply(threads, kind, layer->out, heard, NO_NORM, 0, x, x, D, D, batch);
+        multiply(threads, layer->out, heard, NO_NORM, 0, x, x, D, D, batch);
         if (layer->cross_k) {
-            multiply(threads, kind, layer->cross_q, x, layer->norm_cross, 0, 0, qkv, D, D, batch);
+            multiply(threads, layer->cross_q, x, layer->norm_cross, 0, 0, qkv, D, D, batch);
             normalize(qkv, layer->cross_q_norm, E, batch * heads);
             attend(threads, FLOAT32, qkv, 0, 0, D, layer->cross_k, 0, layer->cross_v, 0,
                    cross_hidden, scores, heard, batch, heads, cross_length, cross_length, E);
-            multiply(threads, kind, layer->cross_out, heard, NO_NORM, 0, x, x, D, D, batch);
+            multiply(threads, layer->cross_out, heard, NO_NORM, 0, x, x, D, D, batch);
         }
-        multiply(threads, kind, layer->ff1, x, layer->norm2, 1, 0, between, wide, D, batch);
-        multiply(threads, kind, layer->ff2, between, NO_NORM, 0, x, x, D, wide, batch);
+        multiply(threads, layer->ff1, x, layer->norm2, 1, 0, between, wide, D, batch);
+        multiply(threads, layer->ff2, between, NO_NORM, 0, x, x, D, wide, batch);
     }
     free(qkv);
 }

@@ -23,7 +23,9 @@ from pathlib import Path
 
 import torch
 
-KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}    # what kernels.c calls them
+from checkpoints.files import INT4, int4_table
+
+KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2, INT4: 3}   # what kernels.c calls them
 COMPILERS = "cc", "gcc", "clang"
 FLAGS = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fPIC -shared".split()
 MAX_SECONDS = 60        # of one call of a compiler, which takes one or two
@@ -142,11 +144,14 @@ def load(path: Path):
         decode=[I, I, P, L, *[P] * 6, *[L] * 7],
         dadapt_moments=[I, *[P] * 4, L, *[D] * 4, P],
         dadapt_step=[I, *[P] * 3, L, D, D],
+        unpack_int4=[I, P, P, L, L],
+        use_int4_table=[P],
         use_threads=[P] * 3)
     for name, types in arguments.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
     library.instructions.restype = ctypes.c_char_p
+    library.use_int4_table(int4_table().data_ptr())     # it keeps a copy
     return library
 
 

@@ -11,7 +11,7 @@ then several times, of which the median counts. Models have random weights of th
 peer share them. "Of the limit" is the share of the bytes or products that the machine can move or make in
 that time, as measured at the start; "memory" is what the peak adds to the process (Linux only). Peers are
 transformers, and encodec, dadaptation and librosa where they can be imported (audiocraft needs another
-torch). int8 has transformers in bfloat16 beside it.
+torch). int8 and int4 have transformers in bfloat16 beside them, if that is measured too.
 """
 import argparse
 import ctypes
@@ -34,6 +34,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from checkpoints.files import INT4, QUANTIZERS
 from checkpoints.lm_formats import name_table
 from chroma import ChromaExtractor
 from conditioners import Conditions
@@ -52,7 +53,7 @@ SHAPES = {
     "300 M": dict(dim=1024, num_heads=16, num_layers=24),
     "1.5 B": dict(dim=1536, num_heads=24, num_layers=48),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": INT4}
 PREFIX = 255        # frames of melody and text in front
 
 
@@ -133,9 +134,9 @@ def fill(module):
     """Numbers into a module without any: of the size that a random start has; fast for billions of them."""
     noise = torch.randn(2 ** 20, generator=torch.Generator().manual_seed(0))
     for name, t in module.state_dict().items():
-        if t.dtype == torch.int8:
-            repeated = (40 * noise).clamp(-127, 127).repeat(-(-t.numel() // 2 ** 20))
-            t.view(-1).copy_(repeated[:t.numel()])
+        if t.dtype in QUANTIZERS:
+            repeated = (40 * noise).clamp(-127, 127).to(torch.int8).repeat(-(-t.numel() // 2 ** 20))
+            t.view(-1).copy_(repeated[:t.numel()].view(t.dtype))
         elif t.dim() == 1:
             t.fill_(t.numel() ** -0.5 / 40 if name.endswith("scale") else name.endswith("weight"))
         else:
@@ -216,29 +217,30 @@ def median_step(function, *args, runs) -> tuple[float, float]:
     return first, statistics.median(each for times in runs for each in times[1:])
 
 
-def bytes_of_a_frame(c: Config, dtype, context) -> int:
+def bytes_of_a_frame(c: Config, dtype, context) -> float:
     """Weights and, for the two rows of guidance, the cache."""
     size = torch.empty(0, dtype=dtype).element_size()
-    weights = 12 * c.num_layers * c.dim ** 2 + c.n_q * c.card * c.dim
-    scales = 4 * c.num_heads if dtype == torch.int8 else 0
+    layer, heads = 12 * c.dim ** 2 * size, c.n_q * c.card * c.dim * size
+    scales = 4 * c.num_heads if dtype in QUANTIZERS else 0
     cache = 2 * 2 * c.num_layers * context * (c.dim * size + scales)
-    return weights * size + cache
+    layers = c.num_layers if dtype != INT4 else 1 + (c.num_layers - 1) * 17 / 32    # the first is in int8
+    return layers * layer + heads + cache
 
 
 def decode(args, limit):
     """Frames a second with guidance, and the prefill, at several contexts and precisions."""
     for shape in args.shapes:
-        peers = {}      # context -> name, first step and later step of transformers; for int8 those of bf16
+        peers = {}      # context -> name, first step and later step of transformers; at last those of bf16
         for name in args.dtypes:
-            lm = language_model(shape, DTYPES[name])
+            lm, quantized = language_model(shape, DTYPES[name]), DTYPES[name] in QUANTIZERS
             runs = 1 if args.quick or shape == "1.5 B" else 3
             times_of_ours(lm, 300, 5)
-            if name != "int8":
+            if not quantized:
                 model = transformers_of(lm).to(DTYPES[name])
                 times_of_transformers(model, 300, 2)
             for context in args.contexts:
                 first, step = median_step(times_of_ours, lm, context, 20 if args.quick else 40, runs=runs)
-                if name != "int8":
+                if not quantized:
                     frames = 5 if args.quick else 10
                     steps = median_step(times_of_transformers, model, context, frames, runs=1)
                     peers[context] = f"transformers {name}", *steps
@@ -434,7 +436,7 @@ def train(args, limit):
     products = 3 * B * (12 * c.num_layers * c.dim ** 2 * (T + 100) + c.n_q * c.card * c.dim * T)
     tokens = B * c.n_q * T
     for name in args.dtypes:
-        if name == "int8":
+        if DTYPES[name] in QUANTIZERS:
             continue
         ours, peers = [], []        # (seconds, bytes) of each round
         for _ in range(rounds):

@@ -8,6 +8,7 @@ enum { ROWS = 8, BATCH = 3, MOST = 12288, HEADS = 2, STEPS = 40 };
 
 static float w[ROWS * MOST], x[BATCH * MOST], scale[ROWS], together[BATCH * ROWS], alone[ROWS];
 static char packed[ROWS * MOST * 4];
+static int8_t table[256][16];
 
 static float uniform(void)
 {
@@ -21,6 +22,20 @@ static void expect(int fine, const char *what, int kind, long n)
     if (!fine) {
         printf("%s: kind %d, size %ld\n", what, kind, n);
         exit(1);
+    }
+}
+
+/* Bits and scales of a row of int4 by chance into `packed`; w becomes what they stand for. */
+static void pack_int4(int r, long columns, int largest)
+{
+    uint8_t *pairs = (uint8_t *)packed + r * columns * 17 / 32, *scales = pairs + columns / 2;
+    for (long i = 0; i < columns / 2; i++)
+        pairs[i] = largest ? 0 : (int)(128 + 127 * uniform());
+    for (long i = 0; i < columns / 32; i++)
+        scales[i] = largest ? 127 + r % 2 * 2 : (int)(128 + 127 * uniform());
+    for (long c = 0; c < columns; c++) {
+        uint8_t both = pairs[c / 64 * 32 + c % 32];
+        w[r * columns + c] = table[scales[c / 32]][c % 64 < 32 ? both & 15 : both >> 4];
     }
 }
 
@@ -51,9 +66,13 @@ static void check_product(int kind, long columns, int largest)
     for (long i = 0; i < BATCH * columns; i++)
         x[i] = largest ? 1 : uniform();
     for (int r = 0; r < ROWS; r++)
-        scale[r] = kind == INT8 ? 0.5f + r : 1;
-    pack_weights(ROWS * columns, kind);
-    const float *scales = kind == INT8 ? scale : 0;
+        scale[r] = kind == INT8 || kind == INT4 ? 0.5f + r : 1;
+    if (kind == INT4)
+        for (int r = 0; r < ROWS; r++)
+            pack_int4(r, columns, largest);
+    else
+        pack_weights(ROWS * columns, kind);
+    const float *scales = kind == INT8 || kind == INT4 ? scale : 0;
     product(3, kind, packed, scales, x, together, ROWS, columns, BATCH);
     for (int b = 0; b < BATCH; b++) {
         for (int r = 0; r < ROWS; r++) {
@@ -62,12 +81,17 @@ static void check_product(int kind, long columns, int largest)
                 sum += (double)w[r * columns + c] * x[b * columns + c] * scale[r];
                 size += fabs((double)w[r * columns + c] * x[b * columns + c] * scale[r]);
             }
-            double bound = kind == INT8 ? 1e-4 : 1e-6;
+            double bound = scales ? 1e-4 : 1e-6;
             expect(fabs(together[b * ROWS + r] - sum) <= bound * size, "a product is wrong", kind, columns);
         }
         product(3, kind, packed, scales, x + b * columns, alone, ROWS, columns, 1);
         expect(!memcmp(alone, together + b * ROWS, sizeof alone), "a row alone is another", kind, columns);
     }
+    static int8_t unpacked[ROWS * MOST];
+    if (kind == INT4)
+        unpack_int4(3, (const uint8_t *)packed, unpacked, ROWS, columns);
+    for (long i = 0; kind == INT4 && i < ROWS * columns; i++)
+        expect(unpacked[i] == w[i], "a weight is another", kind, columns);
 }
 
 static void check_attention(int kind, long E, long length)
@@ -113,6 +137,10 @@ static void three_threads(void (*work)(void *), void *job, unsigned threads, uns
 
 int main(void)
 {
+    for (int s = 0; s < 256; s++)
+        for (int i = 0; i < 16; i++)
+            table[s][i] = (int8_t)((s < 128 ? s : s - 256) * (2 * i - 16) / 17);
+    use_int4_table(table[0]);
     for (int round = 0; round < 2; round++) {
         for (int kind = INT8; kind <= FLOAT32; kind++) {
             for (long columns = 40; columns <= 4096; columns = columns == 40 ? 64 : 8 * columns)
@@ -123,6 +151,9 @@ int main(void)
             check_attention(kind, 72, 1);
             check_attention(kind, 72, 40);
         }
+        for (long columns = 64; columns <= MOST; columns += columns == 64 ? 128 : 4032)
+            check_product(INT4, columns, 0);
+        check_product(INT4, MOST, 1);
         use_threads(three_threads, this_thread, three);
     }
     puts(instructions());

@@ -122,7 +122,7 @@ def word_tokenizer():
 
 
 def musicgen_of_transformers(directory, kind, heads=4, layers=2, text_dim=16, shard=None,
-                             dtype=torch.float32):
+                             dtype=torch.float32, width=D):
     """A random MusicGen of transformers, saved to directory.
 
     kind: "melody", "text", "stereo" or "stereo melody"; shard: the largest size of a file, such as "20KB".
@@ -134,8 +134,8 @@ def musicgen_of_transformers(directory, kind, heads=4, layers=2, text_dim=16, sh
         sampling_rate=8000, audio_channels=1, normalize=False, num_filters=2, hidden_size=8, codebook_dim=8,
         codebook_size=V, upsampling_ratios=[5, 4], num_lstm_layers=1, target_bandwidths=[400 * 5 * K / 1000],
         use_causal_conv=False, use_conv_shortcut=False, norm_type="weight_norm", pad_mode="reflect")
-    sizes = dict(vocab_size=V, hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads,
-                 ffn_dim=3 * D, num_codebooks=K * channels, audio_channels=channels, pad_token_id=V,
+    sizes = dict(vocab_size=V, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                 ffn_dim=3 * width, num_codebooks=K * channels, audio_channels=channels, pad_token_id=V,
                  bos_token_id=V, max_position_embeddings=256)
     parts = dict(text_encoder=text.to_dict(), audio_encoder=codec.to_dict())
     if melody:

@@ -20,19 +20,22 @@ from safetensors.torch import load_file
 from torch import nn
 
 import encodec
+import quality
 import speed.training
-from checkpoints.files import current_name, quantize_rows
+from checkpoints.files import INT4, INT4_LEVELS, QUANTIZERS, current_name
 from config import Config
 from constants import ROOT
 from data.audio import read_audio
 from encodec import EncodecModel
-from evaluation import adherence
 from evaluation.metrics import si_snr
-from lm import LMModel, Projection, codebook_cross_entropy
+from lm import LMModel, Projection
 from models import musicgen_of_transformers
 from sample import MusicGen, condition_passes, generate
+from sampling import loading
+from sampling.loading import load_models
 from speed import decoding, fastest_dtype, kernels, optimize_codec, optimize_for_cpu, optimize_training
 from speed.decoding import PackedCache, PackedLinear
+from system.errors import UserError
 from train import DAdaptAdam
 
 SHIPPED = ROOT / "checkpoints" / "tiny"
@@ -111,7 +114,7 @@ def test_greedy_tokens_in_float32_are_those_of_the_plain_way(kind, compiler, mon
 
 @needs_kernels
 @pytest.mark.parametrize("dtype, tolerance", [
-    (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.int8, 4e-2)])
+    (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.int8, 4e-2), (INT4, 0.12)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_cached_columns_are_near_those_of_the_plain_way(kind, dtype, tolerance):
     lm, passes, codes, expected = plain_way(kind)
@@ -498,51 +501,85 @@ def test_rows_of_an_int8_file_are_kept_and_written_again(tmp_path):
         assert torch.allclose(again[name].float(), tensor.float(), rtol=1e-3), name
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, pytest.param(INT4, marks=needs_kernels)])
 @pytest.mark.parametrize("file", ["ours", "compact", "transformers"])
-def test_int8_is_made_of_every_format(tmp_path, file):
-    """The same rows as rounding the loaded model would give."""
+def test_fewer_bits_are_made_of_every_format(tmp_path, file, dtype):
+    """The same rows as rounding the loaded model would give; most are in int4, where that is asked for."""
     if file == "transformers":
-        musicgen_of_transformers(tmp_path, "melody")
+        musicgen_of_transformers(tmp_path, "melody", width=64)
     else:
-        make().save(tmp_path, compact=file == "compact")
+        make(dim=64, num_heads=2).save(tmp_path, compact=file == "compact")
     plain = LMModel.from_pretrained(tmp_path, torch.float32)
-    lm = LMModel.from_pretrained(tmp_path, torch.int8, optimize_for_cpu)
+    lm = LMModel.from_pretrained(tmp_path, dtype, optimize_for_cpu)
+    assert lm.layers[1].attn.qkv.weight.dtype == dtype and lm.lm_heads.weight.dtype == torch.int8
     for name, module in plain.named_modules():
         if isinstance(module, Projection):
-            weight, scale = quantize_rows(module.weight)
-            assert torch.equal(lm.get_submodule(name).weight, weight)
-            torch.testing.assert_close(lm.get_submodule(name).scale, scale, rtol=1e-5, atol=0)
+            stored = lm.get_submodule(name)
+            weight, scale = QUANTIZERS[stored.weight.dtype](module.weight)
+            assert torch.equal(stored.weight, weight)
+            torch.testing.assert_close(stored.scale, scale, rtol=1e-5, atol=0)
     assert torch.equal(lm.emb.weight, plain.emb.weight)
-
-
-@torch.inference_mode()
-def cross_entropy(lm, texts, codes):
-    """Mean over the codes (B, K, T), read column by column as generation does, through the model's cache."""
-    T = codes.shape[-1]
-    logits = next_logits(lm, passes_of(lm, texts, T, guidance=1), codes)
-    logits, mask = lm.pattern.revert_logits(logits, T)
-    return codebook_cross_entropy(logits, codes, mask).mean()
 
 
 @pytest.fixture(scope="module")
 def unseen_music():
-    """Captions and codes (B, K, T) of test tunes, which training never saw, and their cross-entropy."""
-    codec = EncodecModel.from_pretrained(SHIPPED / "codec")
+    """Codes (B, K, T) and captions of test tunes, which training never saw, and their cross-entropy."""
+    model = MusicGen.from_pretrained(SHIPPED, "cpu")
     plain = LMModel.from_pretrained(SHIPPED, torch.float32)
-    truths, mixes, _ = zip(*(adherence.clip(plain.config, "test", n) for n in range(4)))
-    codes = codec.encode(torch.from_numpy(np.stack(mixes))[:, None])[..., :100]
-    texts = [adherence.caption(truth, np.random.default_rng(0)) for truth in truths]
-    return texts, codes, cross_entropy(plain, texts, codes)
+    codes, texts = quality.clips(model, 4, 100)
+    return codes, texts, quality.measure(plain, codes, texts)[0]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_quality_of_the_shipped_model_in_fewer_bits(unseen_music, dtype):
-    """Within 0.5 % of float32, weights and cache."""
-    texts, codes, expected = unseen_music
+@pytest.mark.parametrize("dtype, most", [
+    ("float32", 0.005), ("bfloat16", 0.005), ("int8", 0.005),
+    pytest.param("int4", 0.01, marks=needs_kernels)])
+def test_quality_of_the_shipped_model_in_fewer_bits(unseen_music, dtype, most):
+    """How far from float32, weights and cache."""
+    codes, texts, expected = unseen_music
     model = MusicGen.from_pretrained(SHIPPED, "cpu", dtype)
-    assert model.lm.lm_heads.weight.dtype == getattr(torch, dtype)
+    stored = {"int4": torch.uint8}.get(dtype) or getattr(torch, dtype)
+    assert model.lm.layers[1].ff1.weight.dtype == stored
     assert model.lm.packed == bool(kernels.kernels())
-    assert abs(cross_entropy(model.lm, texts, codes) / expected - 1) < 0.005
+    assert abs(quality.measure(model.lm, codes, texts)[0] / expected - 1) < most
+
+
+@needs_kernels
+@pytest.mark.parametrize("columns", [64, 192, 1024])
+def test_a_product_in_int4_is_that_of_what_its_bits_stand_for(columns):
+    """Against double precision; few rows, and many, which are multiplied otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(20, columns, generator=generator)
+    plain[3] = 0
+    layer = PackedLinear(plain, INT4)
+    assert layer.weight.nbytes == 20 * columns * 17 // 32
+    pairs, groups = layer.weight[:, :columns // 2], layer.weight[:, columns // 2:].view(torch.int8)
+    weight = torch.empty(20, columns, dtype=torch.double)
+    for c in range(columns):
+        pair = pairs[:, c // 64 * 32 + c % 32]
+        bits = pair >> 4 if c % 64 >= 32 else pair & 15
+        level = torch.tensor(INT4_LEVELS)[bits.int()]
+        weight[:, c] = (groups[:, c // 32] * level).round() * layer.scale
+    assert (weight - plain).norm() < 0.085 * plain.norm() and not weight[3].any()
+    for rows in 1, 2, 3, 8, 40:
+        x = torch.randn(rows, columns, generator=generator)
+        expected, y = x.double() @ weight.T, layer(x)
+        bound = 1e-4 if rows <= decoding.FEW else 1e-2      # many may be in bfloat16
+        assert (y - expected).norm() < bound * expected.norm()
+        assert torch.equal(layer.rows(x, 8, 16)[:1], layer.rows(x[:1], 8, 16)) or rows > decoding.FEW
+
+
+def test_int4_is_refused_without_a_compiler_on_other_devices_and_in_files(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="'int4' is for the CPU"):
+        monkeypatch.setattr(loading, "pick_device", torch.device)
+        load_models(SHIPPED, "cuda", "int4")
+    if kernels.kernels():
+        lm = LMModel.from_pretrained(SHIPPED, INT4, optimize_for_cpu)
+        with pytest.raises(UserError, match="loaded in int4 is not written"):
+            lm.save(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    without_compiler(monkeypatch)
+    with pytest.raises(UserError, match="'int4' needs speed/kernels.c, and a C compiler"):
+        load_models(SHIPPED, "cpu", "int4")
 
 
 # --- training ---------------------------------------------------------------------------------------------
