@@ -308,6 +308,7 @@ def _quantize_groups(weight):
     places = (groups / scales.where(scales != 0, 1)).add_(1).mul_(128).round_().clamp_(0, 256)
     middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(INT4_LEVELS)])
     nearest = torch.bucketize(torch.linspace(-1, 1, 257), middles).to(weight.device, torch.uint8)
+    places.nan_to_num_()    # of a damaged file, which is told by its scale
     bits = nearest.index_select(0, places.flatten().int()).view(R, C // 64, 2, GROUP)
     pairs = bits[:, :, 0] | bits[:, :, 1] << 4
     return torch.cat([pairs.flatten(1), scales.flatten(1).to(torch.int8).view(torch.uint8)], dim=1), scale

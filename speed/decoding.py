@@ -244,7 +244,7 @@ class PackedLMModel(LMModel):
 def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:
     """Puts PackedLinear in the place of every Projection, the rest in float32. For generation on the CPU.
 
-    dtype: of the weights; None keeps theirs. INT4 is for most of them (`takes_int4`), and the others are int8.
+    dtype: of the weights; None keeps theirs. INT4 is for most of them (`takes_int4`), the others are int8.
     A model on the meta device gets empty ones, to be loaded. Raises UserError for INT4 without kernels.c.
     """
     if dtype == INT4 and not kernels():

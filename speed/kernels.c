@@ -425,9 +425,9 @@ INLINE floats gelu_of(floats x)
 }
 
 /* --- int4 weights ---------------------------------------------------------------------------------------
-   A row of them, whose columns are a multiple of 64, is as `quantize_groups` of checkpoints/files.py makes it:
-   columns / 2 bytes with two weights each, then columns / 32 bytes, the scales of the groups of 32 columns.
-   Of 64 columns, byte i has the columns i, in its lower half, and 32 + i. */
+   A row of them, whose columns are a multiple of 64, is as `quantize_groups` of checkpoints/files.py makes
+   it: columns / 2 bytes with two weights each, then columns / 32 bytes, the scales of the groups of 32
+   columns. Of 64 columns, byte i has the columns i, in its lower half, and 32 + i. */
 
 static int8_t int4_table[256][16];      /* scale, 4 bits -> the weight in int8 */
 

@@ -3,8 +3,8 @@
     python tests/quality.py                                         # the shipped model in int8 and int4
     python tests/quality.py --checkpoint out/larger --dtypes int4 --clips 32
 
-On music of test tunes under their own texts, which training never saw: a checkpoint of a model trained on
-data/tunes.py. Codes are read column by column, as generation does, with keys and values in the fewer bits, too.
+On music of test tunes under their own texts, which training never saw: for models trained on data/tunes.py.
+Codes are read column by column, as generation does, with keys and values in fewer bits, too.
 """
 import argparse
 import sys
@@ -64,8 +64,9 @@ def main():
     plain = MusicGen.from_pretrained(args.checkpoint, "cpu")
     codes, texts = clips(plain, args.clips, args.frames)
     loss, choices = measure(plain.lm, codes, texts)
-    weights = sum(p.numel() for p in plain.lm.state_dict().values()) / 1e6
-    print(f"{weights:.1f} M weights; {args.clips} clips of {codes.shape[-1]} frames; float32: {loss:.4f} nats\n")
+    weights = sum(tensor.numel() for tensor in plain.lm.state_dict().values()) / 1e6
+    print(f"{weights:.1f} M weights; {args.clips} clips of {codes.shape[-1]} frames; "
+          f"float32: {loss:.4f} nats\n")
     print("| dtype | cross-entropy | against float32 | the same first choice |\n| --- | --- | --- | --- |")
     for dtype in args.dtypes:
         model = MusicGen.from_pretrained(args.checkpoint, "cpu", dtype)

@@ -577,6 +577,11 @@ def test_int4_is_refused_without_a_compiler_on_other_devices_and_in_files(tmp_pa
         with pytest.raises(UserError, match="loaded in int4 is not written"):
             lm.save(tmp_path / "out")
         assert not (tmp_path / "out").exists()
+        damaged = make(dim=64, num_heads=2)
+        damaged.layers[1].ff1.weight.data[3, 5] = float("nan")
+        damaged.save(tmp_path / "damaged")
+        with pytest.raises(UserError, match="not finite"):
+            LMModel.from_pretrained(tmp_path / "damaged", INT4, optimize_for_cpu)
     without_compiler(monkeypatch)
     with pytest.raises(UserError, match="'int4' needs speed/kernels.c, and a C compiler"):
         load_models(SHIPPED, "cpu", "int4")
