@@ -36,8 +36,8 @@ class CodecTraining:
             raise UserError("the codec trains in float32 or bfloat16 and with sharding = 'ddp'; "
                             "change what differs")
         if config.dtype == "bfloat16" and torch.device(device).type == "cpu":
-            raise UserError("dtype 'bfloat16': on a CPU the codec trains in float32 alone, as oneDNN's strided "
-                            "convolutions in bfloat16 are wrong on some processors; leave it out")
+            raise UserError("dtype 'bfloat16': on a CPU the codec trains in float32 alone, as oneDNN's "
+                            "strided convolutions in bfloat16 are wrong on some processors; leave it out")
         self.config, self.device = config, device
         self.train_data = AudioCrops(config, "train")
         self.valid_data = AudioCrops(config, "valid")
