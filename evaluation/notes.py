@@ -1,0 +1,175 @@
+"""Which notes does one hear? The notes that were to be played, against those that a pitch tracker finds.
+
+    notes = [(0.0, 0.5, 69), (0.5, 0.25, 71)]           # (start s, length s, midi pitch)
+    heard = heard_pitches(wav, 16000, notes)            # midi pitches (N,), NaN for none
+    figures = note_figures([(wav, notes)], 16000)       # what --eval reports of many pieces
+
+The tracker is YIN (de Cheveigne and Kawahara 2002): it looks for the period of the wave, and tells octaves
+apart. It has nothing in common with the chroma or the harmonic sum by which a model is told its melodies.
+It follows one voice, so drums and bass are taken out before (hpss of data/stems.py). What it gets wrong itself
+are notes that ring on into the next ones (glockenspiel), and short notes after a slow release.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.signal import lfilter, resample_poly
+
+from data.stems import hpss
+
+LOWEST, HIGHEST = 75.0, 2700.0      # Hz, of the notes that are looked for: D2 to E7
+WINDOW = 0.032                      # s, that differences are summed over
+HOP = 0.008                         # s from frame to frame
+PERIODIC = 0.15                     # YIN's threshold: step 4 of the paper
+VOICED = 0.4                        # a frame that is less periodic than this has no pitch
+FUNDAMENTAL = 500.0                 # Hz; partials above are weakened, lest those of bells be taken for notes
+SHORT = 0.22                        # s
+SHORTEST = 0.06                     # s; less of a note is not judged
+LEAP = 7                            # semitones
+STRUCK = 2.0                        # dB by which a note gets louder where it is struck again
+
+
+# --- the pitch tracker ----------------------------------------------------------------------------------
+
+def one_voice(wav, sample_rate: int):
+    """Mix (L,) -> its melody (L,): without drums and bass, and with weaker high partials."""
+    harmonic = hpss(torch.as_tensor(wav, dtype=torch.float32), sample_rate)
+    decay = math.exp(-2 * math.pi * FUNDAMENTAL / sample_rate)
+    return lfilter([1], [1, -decay], harmonic.numpy()).astype(np.float32)
+
+
+def yin(wav, sample_rate: int):
+    """Wave (L,) -> midi pitch of each frame (M,), NaN without one; frame m is around m * HOP seconds.
+
+    d(t) = sum_j (x_j - x_{j+t})^2 is small where t is a period. Divided by the mean of d(1) ... d(t), so
+    that it begins at 1, the first dip below PERIODIC is the period (steps 2 to 5 of the paper).
+    """
+    if sample_rate < 32_000:        # at 16 kHz the period of a high note is seven samples
+        wav = resample_poly(wav, 2, 1)
+        sample_rate *= 2
+    window = round(WINDOW * sample_rate)
+    hop = round(HOP * sample_rate)
+    longest = round(sample_rate / LOWEST)
+    side = (window + longest) // 2
+    wav = F.pad(torch.as_tensor(wav, dtype=torch.float32), (side, side + hop))
+    frames = wav.unfold(0, window + longest, hop)                       # (M, window + longest)
+    n_fft = 2 ** math.ceil(math.log2(window + longest) + 1)
+    spectrum = torch.fft.rfft(frames, n_fft)
+    head = torch.fft.rfft(frames[:, :window], n_fft)
+    product = torch.fft.irfft(spectrum * head.conj(), n_fft)[:, :longest]       # sum_j x_j x_{j+t}
+    total = F.pad(frames.double().square().cumsum(1), (1, 0))
+    energy = (total[:, window:window + longest] - total[:, :longest]).float()   # sum_j x_{j+t}^2
+    difference = (energy[:, :1] + energy - 2 * product).clamp(min=0)[:, 1:]
+    mean = difference.cumsum(1) / torch.arange(1, longest)
+    return _pitch_of(difference / mean.clamp(min=1e-9), sample_rate)
+
+
+def _pitch_of(normalized, sample_rate: int):
+    """Normalized differences (M, lags from 1) -> pitch (M,): the first dip below PERIODIC, else the deepest."""
+    before, at, after = normalized[:, :-2], normalized[:, 1:-1], normalized[:, 2:]      # lags from 2
+    dip = (at < before) & (at <= after)
+    dip[:, :int(sample_rate / HIGHEST) - 2] = False
+    depth = torch.where(dip, at, torch.inf)
+    low = depth < PERIODIC
+    place = torch.where(low.any(1), low.int().argmax(1), depth.argmin(1))
+    row = torch.arange(len(place))
+    before, at, after = (values[row, place] for values in (before, at, after))
+    shift = (before - after) / (2 * (before - 2 * at + after)).clamp(min=1e-9)  # to the parabola's vertex
+    period = (place + 2 + shift) / sample_rate
+    pitch = 69 - 12 * torch.log2(440 * period)
+    return torch.where(at < VOICED, pitch, torch.nan).numpy()
+
+
+def heard_pitches(wav, sample_rate: int, notes) -> np.ndarray:
+    """Mix (L,) and N notes -> the pitch heard in each (N,), the median of its frames; NaN for none."""
+    pitch = yin(one_voice(wav, sample_rate), sample_rate)
+    heard = []
+    for start, length, _ in notes:
+        first = round((start + 0.25 * length) / HOP)        # before, the last note may still sound
+        end = max(first + 1, round((start + 0.9 * length) / HOP))
+        frames = pitch[first:end]
+        voiced = frames[~np.isnan(frames)]
+        enough = len(voiced) > 0 and len(voiced) >= len(frames) / 3
+        heard.append(np.median(voiced) if enough else np.nan)
+    return np.array(heard)
+
+
+# --- what is right about the notes ------------------------------------------------------------------------
+
+def right_notes(heard, notes) -> np.ndarray:
+    """Pitches heard (N,) and notes -> (N,) bool: within half a semitone, in any octave."""
+    pitches = np.array([pitch for _, _, pitch in notes])
+    away = (heard - pitches + 6) % 12 - 6
+    return np.abs(away) < 0.5       # False for NaN
+
+
+def octave_leaps(heard, notes) -> int:
+    """How often a note is heard more than LEAP semitones from the one before, where the melody moves by less.
+
+    Counted are pairs of notes that are both right but for their octave: what else is wrong is no leap.
+    """
+    right = right_notes(heard, notes)
+    leaps = 0
+    for n in range(1, len(notes)):
+        if right[n - 1] and right[n]:
+            moved = abs(round(heard[n]) - round(heard[n - 1]))
+            leaps += moved > LEAP >= abs(notes[n][2] - notes[n - 1][2])
+    return leaps
+
+
+def is_repeated(notes, n: int) -> bool:
+    """Whether note n is the one before it once more, without a rest."""
+    if n == 0:
+        return False
+    start, length, pitch = notes[n - 1]
+    return pitch == notes[n][2] and abs(start + length - notes[n][0]) < 0.02
+
+
+def struck_again(wav, sample_rate: int, start: float, pitch: float) -> bool:
+    """Whether the note of a pitch is struck around `start` in a mix (L,), and not only held.
+
+    Its first six partials together, heard through 40 ms, get STRUCK dB louder than in the 80 ms before.
+    """
+    size = round(0.04 * sample_rate)
+    hop = round(HOP * sample_rate)
+    first = max(0, round((start - 0.13) * sample_rate))
+    part = wav[first:round((start + 0.1) * sample_rate) + size]
+    frequencies = 440 * 2 ** ((pitch - 69) / 12) * np.arange(1, 7)
+    frequencies = frequencies[frequencies < 0.45 * sample_rate]
+    time = np.arange(size) / sample_rate
+    waves = np.exp(-2j * np.pi * np.outer(time, frequencies)) * np.hanning(size)[:, None]
+    if len(part) < size:
+        return False
+    frames = np.lib.stride_tricks.sliding_window_view(part, size)[::hop]
+    level = 10 * np.log10(np.sum(np.abs(frames @ waves) ** 2, axis=1) + 1e-9)
+    rises = [level[m] - level[max(0, m - 10):m].min() for m in range(1, len(level))]
+    return bool(rises) and max(rises) >= STRUCK
+
+
+def note_figures(pieces, sample_rate: int) -> dict:
+    """Figures of pieces, (mix (L,), notes) each, over all their notes; NaN where there is no such note.
+
+    notes_right             share of notes heard at their pitch, in any octave
+    short_notes_right       of those below SHORT seconds
+    repeated_notes_right    of those of the pitch of the one before: right, and struck again
+    octave_leaps            in ten seconds, see `octave_leaps`
+    """
+    right, short, repeated = [], [], []
+    leaps, seconds = 0, 0.0
+    for wav, notes in pieces:
+        notes = [note for note in notes if note[1] >= SHORTEST]
+        heard = heard_pitches(wav, sample_rate, notes)
+        correct = right_notes(heard, notes)
+        right += list(correct)
+        for n, (start, length, _) in enumerate(notes):
+            if length < SHORT:
+                short.append(correct[n])
+            if is_repeated(notes, n):
+                again = correct[n] and struck_again(wav, sample_rate, start, heard[n])
+                repeated.append(again)
+        leaps += octave_leaps(heard, notes)
+        seconds += len(wav) / sample_rate
+    shares = {"notes_right": right, "short_notes_right": short, "repeated_notes_right": repeated}
+    figures = {name: float(np.mean(values)) if values else math.nan for name, values in shares.items()}
+    return figures | {"octave_leaps": 10 * leaps / seconds}
