@@ -5,6 +5,7 @@
 import numpy as np
 import pytest
 
+from evaluation import probes
 from evaluation.drums import drum_figures, has_drums, strokes, strokes_per_beat
 from evaluation.notes import heard_pitches, note_figures, right_notes
 
@@ -119,3 +120,55 @@ def test_drums_that_vanish():
     assert figures["strokes_per_beat_0_to_5s"] == pytest.approx(1)
     assert figures["strokes_per_beat_10_to_15s"] == pytest.approx(0.75, abs=0.05)
     assert figures["strokes_per_beat_15_to_20s"] == pytest.approx(0.5)
+
+
+# --- probes of a codec ------------------------------------------------------------------------------------
+
+def same(wave):
+    return wave
+
+
+def test_a_perfect_codec_passes_all_probes():
+    figures = probes.probes(same, RATE)
+    assert figures["silence_dbfs"] == -120
+    for name, value in figures.items():
+        if name.startswith("sine_loss"):
+            assert value == pytest.approx(0, abs=1e-6)
+        if name.startswith("absent_partials"):
+            assert value < -60
+
+
+def test_probes_say_how_much_is_lost_and_added():
+    buzz = 0.01 * np.sin(2 * np.pi * 50 * np.arange(RATE * 3) / RATE)
+    assert probes.silence_level(lambda wave: wave + buzz[:len(wave)], RATE) == pytest.approx(-43, abs=0.1)
+    assert probes.sine_loss(lambda wave: 0.1 * wave, 88, RATE) == pytest.approx(20, abs=0.01)
+    # sums and differences of the partials at 8 f: 0.5 LEVEL^2 (1/7 + 1/15 - 1/9), more than at 2, 4 and 6 f
+    bent = probes.absent_partials(lambda wave: wave + 0.5 * wave ** 2, "odd partials", RATE)
+    assert bent == pytest.approx(20 * np.log10(0.5 * 0.2 * (1 / 7 + 1 / 15 - 1 / 9)), abs=0.1)
+
+
+def test_distances_of_known_differences():
+    rng = np.random.default_rng(0)
+    wave = 0.1 * rng.standard_normal(RATE).astype(np.float32)
+    none = probes.distances([(wave, wave)], RATE)
+    assert none["log_mel_l1"] == 0 and none["log_mel_frechet"] < 1e-3 and none["si_snr"] > 60
+    half = probes.distances([(wave, 0.5 * wave)], RATE)
+    assert half["log_mel_l1"] == pytest.approx(6.02, abs=0.01)
+    assert half["log_mel_frechet"] == pytest.approx(probes.N_MELS * 6.02 ** 2, rel=0.01)
+    quiet = 1e-6 * wave
+    unheard = probes.distances([(quiet, 0 * quiet)], RATE)
+    assert unheard["log_mel_l1_floored"] == 0
+
+
+def test_mel_bands_are_in_dbfs():
+    sine = probes.tone([1000.0], [1.0], RATE)
+    frames = probes.log_mel_frames(probes.middle(sine), RATE)
+    assert -6 < np.median(frames.max(1)) < 3
+
+
+@pytest.mark.skipif(not probes.has_opus(), reason="needs ffmpeg, or opusenc and opusdec")
+def test_opus_is_aligned():
+    wave, _ = play([60, 64, 67, 72], 0.5)
+    output = probes.opus_roundtrip(wave, RATE)
+    assert output.shape == wave.shape
+    assert probes.distances([(wave, output)], RATE)["si_snr"] > 3
