@@ -3,11 +3,10 @@
     python train.py config/tiny_codec.py --eval --split=test      # the codec
     python train.py config/tiny.py --eval --split=test            # the language model
 
-Figures are printed and written to out_dir/eval_SPLIT.json. How well a language model follows a melody is
-measured on two sets:
-
-    segments_...    held-out segments of data_dir, each with the melody of another track
-    tunes_...       freshly rendered tunes, where eval_tunes = True (more figures of these: adherence.py)
+Figures are printed as a table and written to out_dir/eval_SPLIT.json: a number each, or one for each column.
+Of a language model: cross-entropy on held-out segments of data_dir, and how it follows what it is told. Where
+eval_tunes = True, the notes and words of newly rendered tunes are known (adherence.py). Of other music one
+knows only chroma: `segments_...` compare that of a sample with that of the melody asked for, of another track.
 """
 import json
 from pathlib import Path
@@ -21,11 +20,12 @@ from data.audio import read_audio
 from data.captions import clean, parse_object, read_text
 from data.segments import AudioCrops, TokenSegments, collate, spread, with_melody_of
 from encodec import EncodecModel
-from evaluation.adherence import adherence
+from evaluation.adherence import adherence, enter
 from evaluation.metrics import (codebook_use, compare_chroma, frechet_distance, latent_vectors, melody_of,
                                 reconstruct)
+from evaluation.probes import distances, has_opus, opus_roundtrip, probes
 from sample import MusicGen
-from system.devices import pick_device
+from system.devices import device_of, pick_device
 from system.errors import UserError
 from system.files import check_writable, write_atomic
 from training.figures import rounded, with_perplexity
@@ -43,46 +43,80 @@ def evaluate(config: Config, split: str) -> dict:
     torch.manual_seed(config.seed)
     measure = evaluate_codec if config.task == "codec" else evaluate_lm
     figures = measure(config, split, out, device)
-    figures = {key: rounded(value) for key, value in figures.items()}
-    width = max(len(key) for key in figures)
-    for key, value in figures.items():
-        print(f"{key:{width}}  {value}")
+    figures = rounded(figures)
+    print_table(figures)
     write_atomic(result, (json.dumps(figures, indent=1) + "\n").encode())
     return figures
+
+
+def print_table(figures: dict):
+    """Prints {name: figure} as lines, and all {name: {column: figure}} as one table below."""
+    table = {name: row for name, row in figures.items() if isinstance(row, dict)}
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        if name not in table:
+            print(f"{name:{width}}  {value}")
+    if table:
+        print(" " * width, *(f"{column:>12}" for column in columns))
+    for name, row in table.items():
+        cells = [f"{row[column]:.4g}" if column in row else "-" for column in columns]
+        print(f"{name:{width}}", *(f"{cell:>12}" for cell in cells))
 
 
 # --- the codec ------------------------------------------------------------------------------------
 
 def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
-    """Reconstructions of the first 10 s of up to n_eval_wavs files.
+    """Reconstructions of the first 10 s of up to n_eval_wavs files, and probes (probes.py).
 
-    Agreement of their melodies with the originals' (also by instrument, where sidecars name one), SI-SNR, mel
-    distance, use of the codebooks. Raises UserError when the split has no files.
+    Agreement of their melodies with the originals' (also by instrument, where sidecars name one), distances,
+    use of the codebooks, beside what Opus makes of the same, where that is installed. Raises UserError when
+    the split has no files.
     """
     codec = EncodecModel.from_pretrained(str(out)).to(device)
     paths = AudioCrops(config, split).paths
     with_sidecar = [path for path in paths if path.with_suffix(".json").exists()]
-    rows, by_instrument = [], {}
+    agreements, by_instrument, pairs = [], {}, []
     counts = 0  # of each entry (K, V)
     for path in tqdm(spread(with_sidecar or paths, config.n_eval_wavs), disable=None, unit="file"):
         wav = read_audio(path, codec.sample_rate, codec.channels, duration=10.0)
         wav = wav[None].to(device)  # (1, C, L)
-        output, quality, counts_of_file = reconstruct(codec, wav)
+        output, _, counts_of_file = reconstruct(codec, wav)
         agreement = compare_chroma(melody_of(config, output), melody_of(config, wav))[1].item()
-        rows.append((agreement, *quality))
+        agreements.append(agreement)
+        pairs.append(tuple(wave[0].mean(0).cpu().numpy() for wave in (wav, output)))
         counts = counts + counts_of_file
         if with_sidecar:
             by_instrument.setdefault(instrument_of(path), []).append(agreement)
-    if not rows:
+    if not pairs:
         raise UserError(f"{config.data_dir}: has no {split} files to measure on")
 
-    agreement, snr, mel = np.mean(rows, axis=0).tolist()
-    figures = {"files": len(rows), "chroma_agreement": agreement, "si_snr": snr, "mel": mel}
+    figures = {"files": len(pairs), "chroma_agreement": float(np.mean(agreements))}
     figures |= codebook_use(config, counts)
     figures["live"] = (counts > 0).float().mean(1).tolist()
-    for instrument, agreements in sorted(by_instrument.items()):
-        figures[f"chroma_agreement {instrument}"] = float(np.mean(agreements))
-    return figures
+    for instrument, values in sorted(by_instrument.items()):
+        figures[f"chroma_agreement {instrument}"] = float(np.mean(values))
+    return figures | codec_table(codec, pairs)
+
+
+def codec_table(codec, pairs: list) -> dict:
+    """Probes of a codec and distances of waves and reconstructions (L,): {name: {"codec" or "opus": figure}}."""
+    rate = codec.sample_rate
+    device = device_of(codec)
+
+    def through_codec(wave):
+        wav = torch.from_numpy(wave).to(device).expand(1, codec.channels, -1)
+        return reconstruct(codec, wav)[0][0].mean(0).cpu().numpy()
+
+    def through_opus(wave):
+        return opus_roundtrip(wave, rate)
+
+    table = {}
+    enter(table, "codec", distances(pairs, rate) | probes(through_codec, rate))
+    if has_opus():
+        with_opus = [(wave, through_opus(wave)) for wave, _ in pairs]
+        enter(table, "opus", distances(with_opus, rate) | probes(through_opus, rate))
+    return table
 
 
 def instrument_of(path: Path) -> str:
@@ -97,31 +131,24 @@ def instrument_of(path: Path) -> str:
 # --- the language model ---------------------------------------------------------------------------
 
 def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
-    """Perplexity of up to n_eval_wavs segments, then one sample for the text and melody of each.
+    """Perplexity of up to n_eval_wavs segments, and figures of samples: `adherence` or `figures_of_samples`.
 
-    The samples' melodies against those asked for, their Frechet distance to the segments, and that of two
-    halves of the segments to each other. Raises UserError when the split has fewer than three tracks.
+    Raises UserError when the split has fewer than three tracks.
     """
     model = MusicGen.from_pretrained(str(out), config.device)
     items = held_out(TokenSegments(config, split), config.n_eval_wavs)
     if len(items) < 3:
         raise UserError(f"{config.data_dir}: {split} has {len(items)} tracks of segment_duration; "
                         f"it takes three")
-    cross_entropies, own_losses, generated, played = [], [], [], []
-    size = min(BATCH, config.batch_size)
-    for first in tqdm(range(0, len(items), size), disable=None, unit="batch"):
-        batch = collate(items[first:first + size])
+    cross_entropies, own_losses = [], []
+    for batch in batches(config, items):
         codes = batch["codes"].to(device)
-        conditions = batch["conditions"]
-        with_own_melody = conditions | {"melody": batch["own_melody"]}
+        with_own_melody = batch["conditions"] | {"melody": batch["own_melody"]}
         with torch.no_grad():
-            ce = model.lm.loss(codes, conditions)[1].cpu()  # (K,)
+            ce = model.lm.loss(codes, batch["conditions"])[1].cpu()  # (K,)
             own_ce = model.lm.loss(codes, with_own_melody)[1].cpu()
         cross_entropies += [ce] * len(codes)
         own_losses += [own_ce] * len(codes)
-        generated.append(model.generate_codes(conditions["text"], conditions["melody"]))
-        if config.melody != "none":
-            played.append(melody_of(config, model.decode(generated[-1])))
 
     ce = torch.stack(cross_entropies).mean(0)
     figures = {"loss": ce.mean().item()}
@@ -130,9 +157,31 @@ def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
     figures = {"items": len(items), **with_perplexity(figures)}
     if config.melody != "none":
         figures["own_loss"] = torch.stack(own_losses).mean().item()
-        figures |= melodies_of_segments(config, torch.cat(played), items)
     if config.eval_tunes:
-        figures |= adherence(model, split, config.n_eval_wavs)
+        return figures | adherence(model, split, config.n_eval_wavs)
+    return figures | figures_of_samples(model, config, items)
+
+
+def batches(config: Config, items: list[dict]):
+    """The items in batches, see `collate`."""
+    size = min(BATCH, config.batch_size)
+    for first in tqdm(range(0, len(items), size), disable=None, unit="batch"):
+        yield collate(items[first:first + size])
+
+
+def figures_of_samples(model, config: Config, items: list[dict]) -> dict:
+    """One sample for the text and melody of each item: chroma against that asked for, Frechet distance.
+
+    frechet: from the items, in latents of the codec; frechet_of_real_halves: of two halves of the items.
+    """
+    generated, played, figures = [], [], {}
+    for batch in batches(config, items):
+        conditions = batch["conditions"]
+        generated.append(model.generate_codes(conditions["text"], conditions["melody"]))
+        if config.melody != "none":
+            played.append(melody_of(config, model.decode(generated[-1])))
+    if config.melody != "none":
+        figures |= melodies_of_segments(config, torch.cat(played), items)
     real = [latent_vectors(model.codec, item["codes"][None]) for item in items]
     samples = latent_vectors(model.codec, torch.cat(generated))
     figures["frechet"] = frechet_distance(samples, np.concatenate(real))

@@ -148,7 +148,7 @@ def struck_again(wav, sample_rate: int, start: float, pitch: float) -> bool:
 
 
 def note_figures(pieces, sample_rate: int) -> dict:
-    """Figures of pieces, (mix (L,), notes) each, over all their notes; NaN where there is no such note.
+    """Figures of pieces, (mix (L,), notes) each, over all their notes; none of notes that there are none of.
 
     notes_right             share of notes heard at their pitch, in any octave
     short_notes_right       of those below SHORT seconds
@@ -171,5 +171,5 @@ def note_figures(pieces, sample_rate: int) -> dict:
         leaps += octave_leaps(heard, notes)
         seconds += len(wav) / sample_rate
     shares = {"notes_right": right, "short_notes_right": short, "repeated_notes_right": repeated}
-    figures = {name: float(np.mean(values)) if values else math.nan for name, values in shares.items()}
+    figures = {name: float(np.mean(values)) for name, values in shares.items() if values}
     return figures | {"octave_leaps": 10 * leaps / seconds}

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluation import adherence
+from evaluation.clips import caption, clip
 from lm import codebook_cross_entropy
 from sample import MusicGen, condition_passes
 
@@ -24,10 +24,10 @@ BATCH = 8
 
 def clips(model, count: int, T: int):
     """Codes (count, K, T) of clips of test tunes, and their texts."""
-    truths, mixes, _ = zip(*(adherence.clip(model.config, "test", n) for n in range(count)))
-    waves = torch.from_numpy(np.stack(mixes))[:, None]
+    asked = [clip(model.config, "test", n) for n in range(count)]
+    waves = torch.from_numpy(np.stack([one.mix for one in asked]))[:, None]
     codes = torch.cat([model.codec.encode(part) for part in waves.split(BATCH)])
-    return codes[..., :T], [adherence.caption(truth, np.random.default_rng(0)) for truth in truths]
+    return codes[..., :T], [caption(one.truth, np.random.default_rng(0)) for one in asked]
 
 
 @torch.inference_mode()

@@ -12,8 +12,10 @@ from config import load
 from constants import ROOT
 from data import render
 from encodec import EncodecModel
-from evaluation import adherence
-from evaluation.metrics import chroma_agreement, chroma_of, latent_vectors
+from evaluation import adherence, classifiers, clips
+from evaluation.metrics import latent_vectors
+from evaluation.notes import note_figures
+from evaluation.waves import flatness, to_batch
 from models import noise, tiny_codec
 from sample import MusicGen
 
@@ -21,17 +23,17 @@ TINY = ROOT / "checkpoints" / "tiny"
 CONFIG = dataclasses.replace(load([str(ROOT / "config" / "tiny.py")]), segment_duration=2.56)
 
 
-def clips(config, split, count):
+def some_clips(config, split, count):
     """Truths and mixes (B, 1, L) of the first clips of a split."""
-    truths, mixes, _ = zip(*(adherence.clip(config, split, n) for n in range(count)))
-    return list(truths), torch.from_numpy(np.stack(mixes))[:, None]
+    asked = [clips.clip(config, split, n) for n in range(count)]
+    return [clip.truth for clip in asked], to_batch([clip.mix for clip in asked])
 
 
 def test_captions_say_tempo_and_backing_in_varied_words():
     rng, captions = np.random.default_rng(0), set()
     for n in range(40):
-        truth = adherence.clip(CONFIG, "test", n)[0]
-        caption = adherence.caption(truth, rng)
+        truth = clips.clip(CONFIG, "test", n).truth
+        caption = clips.caption(truth, rng)
         captions.add(caption)
         words = render.INSTRUMENTS[truth["instrument"]].words
         backing = render.BACKING[truth["drums"], truth["bass"]]
@@ -43,36 +45,57 @@ def test_captions_say_tempo_and_backing_in_varied_words():
 
 def test_clips_of_the_test_split_are_of_test_tunes_alone_and_the_same_every_time():
     held_out = {tune.id for tune in render.tunes_of("test")}
-    truths = [adherence.clip(CONFIG, "test", n)[0] for n in range(8)]
+    truths = [clips.clip(CONFIG, "test", n).truth for n in range(8)]
     assert {truth["tune"] for truth in truths} <= held_out
     assert len({truth["instrument"] for truth in truths}) > 2
-    first, again = (adherence.clip(CONFIG, "test", 3) for _ in range(2))
-    assert first[0] == again[0] and np.array_equal(first[1], again[1])
-    assert len(first[1]) == 2.56 * CONFIG.sample_rate
+    first, again = (clips.clip(CONFIG, "test", 3) for _ in range(2))
+    assert first.truth == again.truth and np.array_equal(first.mix, again.mix)
+    assert len(first.mix) == 2.56 * CONFIG.sample_rate
+
+
+def test_the_notes_of_a_clip_are_those_that_are_played():
+    """Heard in the melody alone; a clip with other drums or another instrument plays the same tune."""
+    asked = clips.clip(CONFIG, "test", 1, seconds=5.0)
+    changed = clips.clip(CONFIG, "test", 1, seconds=5.0, instrument="flute", drums=not asked.truth["drums"])
+    for one in (asked, changed):
+        assert note_figures([(one.melody, one.notes)], CONFIG.sample_rate)["notes_right"] > 0.9
+    assert [(start, length) for start, length, _ in asked.notes] == [note[:2] for note in changed.notes]
+    assert {(a[2] - b[2]) % 12 for a, b in zip(asked.notes, changed.notes)} == {0}
+    assert changed.truth["instrument"] == "flute" and len(changed.mix) == 5.0 * CONFIG.sample_rate
+    other = adherence.melody_for(CONFIG, "test", 1, asked.truth)
+    assert len(other) == 2.56 * CONFIG.sample_rate and not np.array_equal(other, asked.melody[:len(other)])
 
 
 def test_out_of_domain_recordings_have_the_notes_they_are_said_to_have():
-    agreement = []
-    for n in range(16):
-        wave, flute = adherence.out_of_domain_recording(CONFIG, "test", n)
-        assert wave.shape == flute.shape and wave.dtype == np.float32
-        assert 0.2 < np.abs(wave).max() <= 0.3 + 1e-6
-        a, b = (chroma_of(CONFIG, torch.from_numpy(w)[None, None]) for w in (wave, flute))
-        agreement.append(chroma_agreement(a, b))
-    assert np.mean(agreement) > 0.8
+    pieces = [clips.out_of_domain_recording(CONFIG, "test", n) for n in range(12)]
+    for wave, _ in pieces:
+        assert wave.dtype == np.float32 and 0.2 < np.abs(wave).max() <= 0.3 + 1e-6
+    assert note_figures(pieces, CONFIG.sample_rate)["notes_right"] > 0.9
+
+
+def test_what_users_write_is_expected_to_be_what_it_says():
+    """Each text is there once, and none asks for drums; what is expected exists, or is left out."""
+    words = adherence.users_words()
+    texts = [text for kind in words.values() for text, _ in kind]
+    assert len(set(texts)) == len(texts) and not any("drum" in text for text in texts)
+    for _, names in words["names"] + words["synonyms"]:
+        assert set(names) & set(render.INSTRUMENTS)
+    for _, (slowest, fastest) in words["tempo"] + words["product"]:
+        assert 40 <= slowest < fastest <= 200
+    assert len(words["tempo"]) >= 10 and len(words["product"]) >= 10 and len(words["names"]) >= 15
 
 
 def test_noise_is_not_tonal_and_a_tone_is():
     t = torch.arange(16000) / 16000
     hiss = torch.randn(16000, generator=torch.Generator().manual_seed(0))
     wavs = torch.stack([hiss, torch.sin(2 * torch.pi * 440 * t)])
-    of_noise, of_tone = adherence.flatness(wavs[:, None]).tolist()
+    of_noise, of_tone = flatness(wavs[:, None]).tolist()
     assert of_noise > 0.4 and of_tone < 0.01
 
 
 def test_a_wrong_caption_costs_the_shipped_model_something():
     model = MusicGen.from_pretrained(TINY)
-    truths, mixes = clips(CONFIG, "valid", 8)
+    truths, mixes = some_clips(CONFIG, "valid", 8)
     codes = model.codec.encode(mixes)
     hidden, visible = (adherence.nll(model.lm, codes, ["flute"] * 8, hide) for hide in (True, False))
     assert hidden > visible > 0
@@ -90,12 +113,13 @@ def test_latent_vectors_of_stereo_are_those_of_one_side():
 
 @pytest.mark.slow
 def test_classifiers_are_right_about_real_clips(monkeypatch):
-    monkeypatch.setattr(adherence, "CLIPS", 500)
-    monkeypatch.setattr(adherence, "RECONSTRUCTED", 50)
+    monkeypatch.setattr(classifiers, "CLIPS", 500)
+    monkeypatch.setattr(classifiers, "RECONSTRUCTED", 50)
     codec = EncodecModel.from_pretrained(TINY / "codec")
     config = dataclasses.replace(CONFIG, segment_duration=5.12)
     torch.manual_seed(0)
-    classifiers = adherence.train_classifiers(config, codec)
-    truths, mixes = clips(config, "test", 60)
-    correct = adherence.accuracy(classifiers, mixes, truths)
-    assert correct["instrument"] > 0.9 and correct["drums"] > 0.9 and correct["tempo"] > 0.6, correct
+    trained = classifiers.train_classifiers(config, codec)
+    truths, mixes = some_clips(config, "test", 60)
+    right = classifiers.correct(trained, mixes, truths)
+    shares = {name: values.float().mean().item() for name, values in right.items()}
+    assert shares["instrument"] > 0.9 and shares["drums"] > 0.9 and shares["tempo"] > 0.6, shares

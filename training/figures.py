@@ -13,7 +13,9 @@ def with_perplexity(figures: dict) -> dict:
 
 
 def rounded(value):
-    """A float, or those of a list, to six digits; all else as it is."""
+    """A float, or those of a list or a dict, to six digits; all else as it is."""
+    if isinstance(value, dict):
+        return {name: rounded(x) for name, x in value.items()}
     if isinstance(value, list):
         return [rounded(x) for x in value]
     if isinstance(value, float):
