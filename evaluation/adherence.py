@@ -7,7 +7,7 @@ drums and bass; the melody is the clip's own tune, played by another instrument.
 picked. What is heard is compared with the notes that were played and with what the words say, never with
 what the model was told: notes.py, drums.py, classifiers.py. Each figure stands in a row with columns
 
-    real            clips of test tunes as rendered: the most that a model can reach, or the measure itself errs
+    real            clips of test tunes as rendered: the most that there is to reach; the measure errs, too
     codec           the same clips through the codec
     with_melody     samples for texts and melodies
     text_only       samples for texts
@@ -88,7 +88,7 @@ def caption_gain(lm, codes, truths: list[dict]) -> dict:
 # --- the measurement ------------------------------------------------------------------------------
 
 def adherence(model, split: str, count: int) -> dict:
-    """Figures of a MusicGen on `count` tunes of a split: {name: {column: figure}}, see the top of this file."""
+    """Figures of a MusicGen on `count` tunes of a split: {name: {column: figure}}."""
     config, codec = model.config, model.codec
     clips = [clip(config, split, n) for n in range(count)]
     truths = [asked.truth for asked in clips]
@@ -221,13 +221,16 @@ def long_figures(figures: dict, model, split: str, count: int):
 
 # --- a user's words ---------------------------------------------------------------------------------
 
+OF_INSTRUMENTS = ("names", "synonyms", "unseen")    # kinds of users_words.json; the others are of tempi
+
+
 @functools.lru_cache(maxsize=1)
 def users_words() -> dict:
-    """users_words.json without what asks for an instrument that there is none of: {kind: [(text, expected)]}."""
+    """users_words.json, without instruments that there are none of: {kind: [(text, expected)]}."""
     path = Path(__file__).with_name("users_words.json")
     words = json.loads(path.read_text(encoding="utf-8"))
     del words["about"]
-    for kind in ("names", "synonyms"):
+    for kind in OF_INSTRUMENTS:
         words[kind] = [(text, names) for text, names in words[kind] if set(names) & set(INSTRUMENTS)]
     return words
 
@@ -243,7 +246,7 @@ def users_figures(model, classifiers) -> dict:
         instruments, _, tempi = classifiers.predict(wavs)
         right = []
         for (_, expected), instrument, bpm in zip(words, instruments.tolist(), tempi.tolist()):
-            if kind in ("names", "synonyms"):
+            if kind in OF_INSTRUMENTS:
                 right.append(INSTRUMENTS[instrument] in expected)
             else:
                 right.append(expected[0] / 1.08 <= bpm <= expected[1] * 1.08)

@@ -95,7 +95,7 @@ def labels(truths: list[dict]):
 
 
 def training_features(classifiers: Classifiers, codec):
-    """Features of CLIPS clips of training tunes and of RECONSTRUCTED of these -> mel, onsets, their truths."""
+    """Features of CLIPS clips of training tunes and RECONSTRUCTED of these -> mel, onsets, truths."""
     config = classifiers.config
     features, truths, first = [], [], []
     for n in tqdm(range(0, CLIPS, BATCH), disable=None, unit="batch", desc="clips for the classifiers"):

@@ -51,7 +51,7 @@ def strokes(wav, sample_rate: int) -> np.ndarray:
 
 
 def strokes_per_beat(times, beat: float, start: float, end: float) -> float:
-    """Strokes between two times over the beats there. Those less than 0.6 of a beat after another don't count.
+    """Strokes between two times over the beats there. Less than 0.6 of a beat after another, none counts.
 
     So a stroke on every beat is 1, and with eighths between them it stays 1.
     """

@@ -6,7 +6,7 @@
 Figures are printed as a table and written to out_dir/eval_SPLIT.json: a number each, or one for each column.
 Of a language model: cross-entropy on held-out segments of data_dir, and how it follows what it is told. Where
 eval_tunes = True, the notes and words of newly rendered tunes are known (adherence.py). Of other music one
-knows only chroma: `segments_...` compare that of a sample with that of the melody asked for, of another track.
+knows only chroma: `segments_...` compare that of a sample with that of the melody asked for, another track's.
 """
 import json
 from pathlib import Path
@@ -100,7 +100,7 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
 
 
 def codec_table(codec, pairs: list) -> dict:
-    """Probes of a codec and distances of waves and reconstructions (L,): {name: {"codec" or "opus": figure}}."""
+    """Probes of a codec, distances of waves and reconstructions (L,): {name: {"codec" or "opus": figure}}."""
     rate = codec.sample_rate
     device = device_of(codec)
 

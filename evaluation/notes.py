@@ -6,8 +6,8 @@
 
 The tracker is YIN (de Cheveigne and Kawahara 2002): it looks for the period of the wave, and tells octaves
 apart. It has nothing in common with the chroma or the harmonic sum by which a model is told its melodies.
-It follows one voice, so drums and bass are taken out before (hpss of data/stems.py). What it gets wrong itself
-are notes that ring on into the next ones (glockenspiel), and short notes after a slow release.
+It follows one voice, so drums and bass are taken out before (hpss of data/stems.py). What it gets wrong
+itself are notes that ring on into the next ones (glockenspiel), and short notes after a slow release.
 """
 import math
 
@@ -66,7 +66,7 @@ def yin(wav, sample_rate: int):
 
 
 def _pitch_of(normalized, sample_rate: int):
-    """Normalized differences (M, lags from 1) -> pitch (M,): the first dip below PERIODIC, else the deepest."""
+    """Normalized d(t) (M, lags from 1) -> pitch (M,), the first dip below PERIODIC, or the deepest."""
     before, at, after = normalized[:, :-2], normalized[:, 1:-1], normalized[:, 2:]      # lags from 2
     dip = (at < before) & (at <= after)
     dip[:, :int(sample_rate / HIGHEST) - 2] = False

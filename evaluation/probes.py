@@ -78,9 +78,9 @@ def sine_loss(process, pitch: int, sample_rate: int) -> float:
 
 
 def absent_partials(process, name: str, sample_rate: int) -> float:
-    """The strongest partial that a tone of TONES does not have, against its strongest: dB, a mean over pitches.
+    """The strongest partial that a tone of TONES does not have, against its strongest, in dB.
 
-    Partial n goes in with the level 1 / n.
+    Partial n goes in with the level 1 / n; a mean over TONE_PITCHES.
     """
     present, absent = TONES[name]
     ratios = []

@@ -40,7 +40,7 @@ def kit(beat: float, seconds: float, until: float):
 
 # --- notes ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("partials", [(1.0,), (1.0, 0.8, 0.6, 0.4), (0.2, 1.0, 0.9), (1.0, 0.0, 0.6, 0.0, 0.3)])
+@pytest.mark.parametrize("partials", [(1.0,), (1.0, 0.8, 0.6, 0.4), (0.2, 1.0, 0.9), (1.0, 0.0, 0.6, 0.0)])
 def test_the_tracker_hears_pitch_and_octave(partials):
     pitches = [50, 57, 64, 69, 76, 81, 88, 93]
     wave, notes = play(pitches, 0.3, partials)
