@@ -14,7 +14,7 @@ import torch
 HOP = 0.008             # s
 HIGH = 3000.0           # Hz; from here up to 8 kHz
 RISE = 6.0              # dB
-LASTS = 8               # frames
+LASTS = 12              # frames
 MOST_BINS = 0.5         # share of the high band's bins that a stroke raises
 FLOOR = 1e-3            # of the mean power, added to each bin: what is below is not heard
 DRUMS = 0.25            # strokes per beat; a piece with fewer has no drums
@@ -34,12 +34,12 @@ def noise_rise(wav, sample_rate: int):
     M = level.shape[1]
     padded = torch.nn.functional.pad(level, (4, LASTS), mode="replicate")
     before = padded.unfold(1, 3, 1)[:, :M].amin(-1)                     # of frames m - 4 ... m - 2
-    after = padded[:, 4:].unfold(1, LASTS, 1)[:, :M].median(-1).values  # of frames m ... m + 7
+    after = padded[:, 4:].unfold(1, LASTS, 1)[:, :M].median(-1).values  # of frames m ... m + 11
     return (after - before > RISE).float().mean(0).numpy()
 
 
 def strokes(wav, sample_rate: int) -> np.ndarray:
-    """Mix (L,) -> times of its strokes in seconds: peaks of `noise_rise` above MOST_BINS, 80 ms apart."""
+    """Mix (L,) -> times of its strokes, s, to within 0.06: peaks of `noise_rise`, 80 ms apart at least."""
     rise = noise_rise(wav, sample_rate)
     times = []
     for m in np.argsort(-rise, kind="stable"):

@@ -6,8 +6,9 @@
 
 The tracker is YIN (de Cheveigne and Kawahara 2002): it looks for the period of the wave, and tells octaves
 apart. It has nothing in common with the chroma or the harmonic sum by which a model is told its melodies.
-It follows one voice, so drums and bass are taken out before (hpss of data/stems.py). What it gets wrong
-itself are notes that ring on into the next ones (glockenspiel), and short notes after a slow release.
+It follows one voice: drums are taken out before (hpss of data/stems.py), bass and chords must not be there.
+What it gets wrong itself are notes that ring on into the next ones (glockenspiel), short notes after a slow
+release, and the octave of low notes.
 """
 import math
 
@@ -22,6 +23,8 @@ LOWEST, HIGHEST = 75.0, 2700.0      # Hz, of the notes that are looked for: D2 t
 WINDOW = 0.032                      # s, that differences are summed over
 HOP = 0.008                         # s from frame to frame
 PERIODIC = 0.15                     # YIN's threshold: step 4 of the paper
+MARGIN = 0.2                        # a dip so much less deep than the deepest counts as deep, too
+ABSENT = 20.0                       # dB
 VOICED = 0.4                        # a frame that is less periodic than this has no pitch
 FUNDAMENTAL = 500.0                 # Hz; partials above are weakened, lest those of bells be taken for notes
 SHORT = 0.22                        # s
@@ -33,7 +36,7 @@ STRUCK = 2.0                        # dB by which a note gets louder where it is
 # --- the pitch tracker ----------------------------------------------------------------------------------
 
 def one_voice(wav, sample_rate: int):
-    """Mix (L,) -> its melody (L,): without drums and bass, and with weaker high partials."""
+    """Mix (L,) -> its melody (L,): without drums, and with weaker high partials."""
     harmonic = hpss(torch.as_tensor(wav, dtype=torch.float32), sample_rate)
     decay = math.exp(-2 * math.pi * FUNDAMENTAL / sample_rate)
     return lfilter([1], [1, -decay], harmonic.numpy()).astype(np.float32)
@@ -71,8 +74,8 @@ def _pitch_of(normalized, sample_rate: int):
     dip = (at < before) & (at <= after)
     dip[:, :int(sample_rate / HIGHEST) - 2] = False
     depth = torch.where(dip, at, torch.inf)
-    low = depth < PERIODIC
-    place = torch.where(low.any(1), low.int().argmax(1), depth.argmin(1))
+    low = depth <= (depth.amin(1, keepdim=True) + MARGIN).clamp(min=PERIODIC)
+    place = low.int().argmax(1)
     row = torch.arange(len(place))
     before, at, after = (values[row, place] for values in (before, at, after))
     shift = (before - after) / (2 * (before - 2 * at + after)).clamp(min=1e-9)  # to the parabola's vertex
@@ -82,7 +85,10 @@ def _pitch_of(normalized, sample_rate: int):
 
 
 def heard_pitches(wav, sample_rate: int, notes) -> np.ndarray:
-    """Mix (L,) and N notes -> the pitch heard in each (N,), the median of its frames; NaN for none."""
+    """Mix (L,) and N notes -> the pitch heard in each (N,), NaN for none.
+
+    The median of its frames, in the octave that its partials say.
+    """
     pitch = yin(one_voice(wav, sample_rate), sample_rate)
     heard = []
     for start, length, _ in notes:
@@ -91,8 +97,24 @@ def heard_pitches(wav, sample_rate: int, notes) -> np.ndarray:
         frames = pitch[first:end]
         voiced = frames[~np.isnan(frames)]
         enough = len(voiced) > 0 and len(voiced) >= len(frames) / 3
-        heard.append(np.median(voiced) if enough else np.nan)
+        part = wav[round(first * HOP * sample_rate):round(end * HOP * sample_rate)]
+        heard.append(in_octave(part, sample_rate, np.median(voiced)) if enough else np.nan)
     return np.array(heard)
+
+
+def in_octave(wav, sample_rate: int, pitch: float) -> float:
+    """The pitch in the octave that a note (L,) has: its own, or one or two octaves above.
+
+    A period twice as long is a period, too, and the rest of the note before may tip the scales. But there
+    partial 1 is missing, and most of 1, 3 and 5: they are ABSENT dB below the strongest.
+    """
+    octaves = pitch + np.array([0.0, 12.0, 24.0])
+    frequencies = 440 * 2 ** ((octaves[:, None] - 69) / 12) * np.array([1, 3, 5])
+    turns = np.exp(-2j * np.pi * frequencies[..., None] * np.arange(len(wav)) / sample_rate)
+    amplitudes = np.abs(turns @ (wav * np.hanning(len(wav)))) * (frequencies < 0.45 * sample_rate)
+    levels = 20 * np.log10(amplitudes + 1e-9)                           # (octaves, partials)
+    present = np.maximum(levels[:, 0], np.median(levels, axis=1)) > levels.max() - ABSENT
+    return float(octaves[present.argmax()])
 
 
 # --- what is right about the notes ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from evaluation import probes
 from evaluation.drums import drum_figures, has_drums, strokes, strokes_per_beat
-from evaluation.notes import heard_pitches, note_figures, right_notes
+from evaluation.notes import heard_pitches, in_octave, note_figures, right_notes
 
 RATE = 16000
 
@@ -45,6 +45,12 @@ def test_the_tracker_hears_pitch_and_octave(partials):
     pitches = [50, 57, 64, 69, 76, 81, 88, 93]
     wave, notes = play(pitches, 0.3, partials)
     assert np.abs(heard_pitches(wave, RATE, notes) - pitches).max() < 0.3
+
+
+@pytest.mark.parametrize("partials", [(1.0,), (1.0, 0.8, 0.6), (0.2, 1.0, 0.9), (0.0, 1.0, 0.9, 0.0, 0.4)])
+def test_twice_the_period_is_no_note(partials):
+    wave = tone(69, 0.2, partials)
+    assert [in_octave(wave, RATE, pitch) for pitch in (45.0, 57.0, 69.0)] == [69.0] * 3
 
 
 def test_silence_and_noise_have_no_pitch():
@@ -101,7 +107,7 @@ def test_notes_are_heard_through_drums_and_bass():
 def test_strokes_are_found_where_they_are():
     wave, _ = play([60, 64, 67, 72] * 3, 0.5)
     times = strokes(wave + kit(0.5, 6.0, 6.0), RATE)
-    np.testing.assert_allclose(times, np.arange(0.1, 6.0, 0.5), atol=0.03)
+    np.testing.assert_allclose(times, np.arange(0.1, 6.0, 0.5), atol=0.06)
     assert strokes_per_beat(times, 0.5, 0.0, 6.0) == 1
     assert strokes_per_beat(times, 1.0, 0.0, 6.0) == 1      # eighths do not count
 
