@@ -25,6 +25,7 @@ HOP = 0.008                         # s from frame to frame
 PERIODIC = 0.15                     # YIN's threshold: step 4 of the paper
 MARGIN = 0.2                        # a dip so much less deep than the deepest counts as deep, too
 ABSENT = 20.0                       # dB
+CLEAN = 0.05                        # d of a note that nothing else sounds with
 VOICED = 0.4                        # a frame that is less periodic than this has no pitch
 FUNDAMENTAL = 500.0                 # Hz; partials above are weakened, lest those of bells be taken for notes
 SHORT = 0.22                        # s
@@ -43,7 +44,7 @@ def one_voice(wav, sample_rate: int):
 
 
 def yin(wav, sample_rate: int):
-    """Wave (L,) -> midi pitch of each frame (M,), NaN without one; frame m is around m * HOP seconds.
+    """Wave (L,) -> midi pitch of each frame (M,), NaN without one, and d (M,); frame m is around m * HOP s.
 
     d(t) = sum_j (x_j - x_{j+t})^2 is small where t is a period. Divided by the mean of d(1) ... d(t), so
     that it begins at 1, the first dip below PERIODIC is the period (steps 2 to 5 of the paper).
@@ -69,7 +70,7 @@ def yin(wav, sample_rate: int):
 
 
 def _pitch_of(normalized, sample_rate: int):
-    """Normalized d(t) (M, lags from 1) -> pitch (M,), the first dip below PERIODIC, or the deepest."""
+    """Normalized d(t) (M, lags from 1) -> pitch (M,) and d there: of the first dip that is deep enough."""
     before, at, after = normalized[:, :-2], normalized[:, 1:-1], normalized[:, 2:]      # lags from 2
     dip = (at < before) & (at <= after)
     dip[:, :int(sample_rate / HIGHEST) - 2] = False
@@ -81,7 +82,7 @@ def _pitch_of(normalized, sample_rate: int):
     shift = (before - after) / (2 * (before - 2 * at + after)).clamp(min=1e-9)  # to the parabola's vertex
     period = (place + 2 + shift) / sample_rate
     pitch = 69 - 12 * torch.log2(440 * period)
-    return torch.where(at < VOICED, pitch, torch.nan).numpy()
+    return torch.where(at < VOICED, pitch, torch.nan).numpy(), at.numpy()
 
 
 def heard_pitches(wav, sample_rate: int, notes) -> np.ndarray:
@@ -89,32 +90,59 @@ def heard_pitches(wav, sample_rate: int, notes) -> np.ndarray:
 
     The median of its frames, in the octave that its partials say.
     """
-    pitch = yin(one_voice(wav, sample_rate), sample_rate)
+    voice = one_voice(wav, sample_rate)
     heard = []
     for start, length, _ in notes:
-        first = round((start + 0.25 * length) / HOP)        # before, the last note may still sound
-        end = max(first + 1, round((start + 0.9 * length) / HOP))
-        frames = pitch[first:end]
-        voiced = frames[~np.isnan(frames)]
-        enough = len(voiced) > 0 and len(voiced) >= len(frames) / 3
-        part = wav[round(first * HOP * sample_rate):round(end * HOP * sample_rate)]
-        heard.append(in_octave(part, sample_rate, np.median(voiced)) if enough else np.nan)
+        first, end = start + 0.25 * length, start + 0.9 * length        # before, the last one may still sound
+        begin = max(0.0, first - WINDOW)
+        part = voice[round(begin * sample_rate):round((end + WINDOW) * sample_rate)]
+        pitch, depth = median_pitch(part, sample_rate, first - begin, end - begin)
+        if heard and not math.isnan(heard[-1]) and depth > CLEAN:
+            rest = without_note(part, sample_rate, heard[-1])
+            other, other_depth = median_pitch(rest, sample_rate, first - begin, end - begin)
+            if other_depth < depth:
+                pitch = other
+        part = wav[round(first * sample_rate):round(end * sample_rate)]
+        heard.append(pitch if math.isnan(pitch) else true_pitch(part, sample_rate, pitch))
     return np.array(heard)
 
 
-def in_octave(wav, sample_rate: int, pitch: float) -> float:
-    """The pitch in the octave that a note (L,) has: its own, or one or two octaves above.
+def median_pitch(voice, sample_rate: int, first: float, end: float):
+    """Medians of pitch and d of a wave (L,) between two times (s); NaN and 1 if hardly any has a pitch."""
+    pitch, depth = yin(voice, sample_rate)
+    frames = slice(round(first / HOP), max(round(first / HOP) + 1, round(end / HOP)))
+    pitch, depth = pitch[frames], depth[frames]
+    voiced = pitch[~np.isnan(pitch)]
+    if len(voiced) == 0 or len(voiced) < len(pitch) / 3:
+        return math.nan, 1.0
+    return float(np.median(voiced)), float(np.median(depth))
 
-    A period twice as long is a period, too, and the rest of the note before may tip the scales. But there
-    partial 1 is missing, and most of 1, 3 and 5: they are ABSENT dB below the strongest.
+
+def without_note(voice, sample_rate: int, pitch: float):
+    """A wave (L,) without a note that rings on: less itself one period ago (de Cheveigne 1993)."""
+    period = 1 / (440 * 2 ** ((pitch - 69) / 12))       # s
+    spectrum = np.fft.rfft(voice)
+    frequency = np.fft.rfftfreq(len(voice), 1 / sample_rate)
+    spectrum *= 1 - np.exp(-2j * np.pi * frequency * period)
+    return np.fft.irfft(spectrum, len(voice)).astype(np.float32)
+
+
+def true_pitch(wav, sample_rate: int, pitch: float) -> float:
+    """The pitch of a note (L,): that given, or of a half, a third or a quarter of its period.
+
+    A multiple of a period is a period, too, and the rest of the note before may tip the scales. But there
+    partial 1 is missing, and most of 1, 3 and 5: they are ABSENT dB below the strongest. Of the others it is
+    the one whose partials 1 to 3 are strongest together.
     """
-    octaves = pitch + np.array([0.0, 12.0, 24.0])
-    frequencies = 440 * 2 ** ((octaves[:, None] - 69) / 12) * np.array([1, 3, 5])
+    parts = np.arange(1, 5)[:, None]        # of the period
+    frequencies = 440 * 2 ** ((pitch - 69) / 12) * parts * np.arange(1, 6)
     turns = np.exp(-2j * np.pi * frequencies[..., None] * np.arange(len(wav)) / sample_rate)
     amplitudes = np.abs(turns @ (wav * np.hanning(len(wav)))) * (frequencies < 0.45 * sample_rate)
-    levels = 20 * np.log10(amplitudes + 1e-9)                           # (octaves, partials)
-    present = np.maximum(levels[:, 0], np.median(levels, axis=1)) > levels.max() - ABSENT
-    return float(octaves[present.argmax()])
+    first, odd = amplitudes[0, 0], np.median(amplitudes[0, [0, 2, 4]])
+    if max(first, odd) > amplitudes.max() * 10 ** (-ABSENT / 20):
+        return pitch
+    part = 2 + amplitudes[1:, :3].sum(1).argmax()
+    return float(pitch + 12 * math.log2(part))
 
 
 # --- what is right about the notes ------------------------------------------------------------------------
