@@ -5,6 +5,7 @@
 import base64
 import html.parser
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -108,6 +109,16 @@ def test_page_of_files(made, tmp_path):
     (tmp_path / "odd.json").write_text("{}")
     refused(command(page.main, tmp_path / "other", tmp_path / "odd.wav"), "not written by sample.py")
     assert not (tmp_path / "other").exists()
+
+
+def test_page_of_a_model_that_hears_by_harmonics(made, tmp_path):
+    """As the shipped one does: harmonic_sum, a function, takes the place of the extractor of chroma."""
+    shutil.copy(made / "take_0.wav", tmp_path)
+    facts = json.loads((made / "take_0.json").read_text(encoding="utf-8"))
+    facts["config"]["harmonic_sum"] = True
+    (tmp_path / "take_0.json").write_text(json.dumps(facts), encoding="utf-8")
+    worked(command(page.main, tmp_path / "page", tmp_path / "take_0.wav"))
+    assert len(read(tmp_path / "page").attributes("img")) == 2 + 3
 
 
 def test_result_without_melody(world, tmp_path):

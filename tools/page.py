@@ -234,7 +234,7 @@ def write_page(path, outs, command: str = ""):
             repeated = again(melody, rate, wav.shape[1] / rate + config.segment_duration)
             if repeated.shape != melody.shape:
                 chroma = one_class(separate(repeated, rate, stem))[0]
-            asked = chroma[:one_class.frames(wav.shape[1])]                         # (M, Q)
+            asked = chroma[:all_classes.frames(wav.shape[1])]                       # (M, Q)
         played = all_classes(separate(wav, rate, stem if asked is not None else "none"))[0]
         results.append(result_card(metadata, wav, asked, played, rate, out.stem))
     cards = [melody_card(Path(file), *melody) for (file, _), melody in melodies.items()]
