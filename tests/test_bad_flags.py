@@ -247,7 +247,7 @@ SAMPLING = {  # flags, and what the sentence names
     "--top_p nan": "top_p",
     "--top_p -0.1": "top_p",
     "--stem vocals": "--stem",
-    "--dtype int4": "--dtype",
+    "--dtype int3": "--dtype",
     "--device tpu": "tpu",
     "--device cuda:7": "cuda:7",
     "--melody absent.wav": "absent.wav",
