@@ -332,39 +332,27 @@ def test_line_counts():
 TINY = ROOT / "checkpoints" / "tiny"
 FIGURES = json.loads((TINY / "eval_test.json").read_text())
 CODEC_FIGURES = json.loads((TINY / "codec" / "eval_test.json").read_text())
-# of each row: the numbers in its first cell (None: of another source), and in "shipped"
-MEASURES = [
-    (["tunes_melody_agreement_shuffled"], ["tunes_melody_agreement"]),
-    ([], ["tunes_melody_cosine"]),
-    (["out_of_domain_notes_agreement"], ["out_of_domain_melody_agreement"]),
-    (["real_clips_instrument_accuracy", "reconstructions_instrument_accuracy", None],
-     ["tunes_instrument_accuracy"]),
-    (["reconstructions_drums_accuracy", None, "text_only_drums_accuracy"], ["tunes_drums_accuracy"]),
-    ([None, "real_clips_tempo_accuracy", "reconstructions_tempo_accuracy", None],
-     ["text_only_tempo_accuracy"]),
-    ([], ["text_only_valid"]),
-    ([None, None, "own_loss"], ["ce_1", "ce_2", "ce_3", "ce_4"]),
-    (["frechet_of_real_halves"], ["frechet"]),
-]
 
 
-@pytest.mark.parametrize("n", range(len(MEASURES)))
-def test_figures_of_the_language_model(n):
-    measures, _ = tables(section(RESULTS, "The language model"))
-    assert len(measures) == len(MEASURES)
-    aside, shipped = MEASURES[n]
-    assert_figures(measures[n][1], [FIGURES[name] for name in shipped])
-    shown = re.findall(r"\d+(?:\.\d+)?", measures[n][0])
-    for number, name in zip(shown, aside, strict=True):
-        if name:
-            assert_figures(number, [FIGURES[name]])
+def assert_table(title: str, figures: dict, columns: list[str]):
+    """The cells of the table of a section of docs/results.md are those of an eval_test.json."""
+    found, = tables(section(RESULTS, title))
+    for name, *cells in found:
+        for column, cell in zip(columns, cells, strict=True):
+            value = figures[name.strip("`")].get(column)
+            assert (value is None) == (not cell), (name, column)
+            if cell:
+                assert_figures(cell.lstrip("-"), [abs(value)])
+                assert cell.startswith("-") == (value < 0) or float(cell) == 0, (name, column)
 
 
-def test_figures_of_both_melody_agreements():
-    _, agreements = tables(section(RESULTS, "The language model"))
-    for row, kind in zip(agreements, ("tunes", "segments"), strict=True):
-        assert_figures(row[2], [FIGURES[f"{kind}_melody_agreement"]])
-        assert_figures(row[3], [FIGURES[f"{kind}_melody_agreement_shuffled"]])
+def test_figures_of_the_language_model():
+    assert_table("The language model", FIGURES, ["real", "codec", "with_melody", "text_only"])
+    text = section(RESULTS, "The language model")
+    losses = re.search(r"track is ([\d.]+) nats, of codebooks 1 to 4 (.*?);\s.*?([\d.]+)\. What", text, re.S)
+    assert_figures(losses[1], [FIGURES["loss"]])
+    assert_figures(losses[2], [FIGURES[f"ce_{k}"] for k in range(1, 5)])
+    assert_figures(losses[3], [FIGURES["own_loss"]])
 
 
 def test_caption_gains():
@@ -376,22 +364,26 @@ def test_caption_gains():
 
 def test_figures_of_the_codec():
     figures = CODEC_FIGURES
+    assert_table("The codec", figures, ["codec", "opus"])
     of_instruments = [value for name, value in figures.items() if name.startswith("chroma_agreement ")]
-    agreement, snr, live, perplexity = (row[1] for row in rows(section(RESULTS, "The codec")))
-    assert_figures(agreement, [figures["chroma_agreement"], min(of_instruments)])
-    assert_figures(snr, [figures["si_snr"]])
-    assert_figures(live, figures["live"])
-    assert_figures(perplexity, figures["perplexity"])
+    text = section(RESULTS, "The codec")
+    agreement = re.search(r"class of ([\d.]+) of the chroma frames survives \(.*?, ([\d.]+)\)", text, re.S)
+    assert_figures(agreement[1], [figures["chroma_agreement"]])
+    assert_figures(agreement[2], [min(of_instruments)])
+    use = re.search(r"In use are (.*?) of the entries.*?codes is (.*?)\.\n", text, re.S)
+    assert_figures(use[1], figures["live"])
+    assert_figures(use[2], figures["perplexity"])
 
 
 def test_results_in_readme():
-    text = section(README, "Results")
-    names = ["tunes_melody_agreement", "tunes_instrument_accuracy", "tunes_drums_accuracy",
-             "text_only_tempo_accuracy", "loss"]
-    row, = rows(text)
-    for cell, name in zip(row, names, strict=True):
-        assert_figures(cell, [FIGURES[name]])
-    assert_figures(re.search(r"([\d.]+) on prepared", text)[1], [FIGURES["segments_melody_agreement"]])
+    row, = rows(section(README, "Results"))
+    names = [("notes_right", "with_melody"), ("instrument", "with_melody"), ("drums", "with_melody"),
+             ("tempo", "text_only"), ("octave_leaps", "with_melody")]
+    for cell, (name, column) in zip(row, names):
+        shown, real = cell.rstrip(")").split(" (")
+        assert_figures(shown, [FIGURES[name][column]])
+        assert_figures(real, [FIGURES[name]["real"]])
+    assert_figures(row[-1], [FIGURES["loss"]])
 
 
 # --- numbers of the demos and of --plan -------------------------------------------------------------------
