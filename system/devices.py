@@ -33,7 +33,7 @@ def torch_defaults():
     """
     before = torch.get_default_dtype()
     with ExitStack() as stack:
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0).device.type != "cpu":     # torch 2.6: get_default_device does not see a `with`
             stack.enter_context(torch.device("cpu"))
         for device in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(device):
