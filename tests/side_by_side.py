@@ -14,7 +14,6 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +42,9 @@ def run_tests(session):
             raise
         show(session, read_reports(folder / "reports"))
         if code:
-            pytest.exit(f"the fork that ran half of the tests ended with {code}", returncode=1)
+            error = folder / "error"
+            reason = error.read_text() if error.exists() else ""
+            pytest.exit(f"the fork that ran half of the tests ended with {code} {reason}", returncode=1)
     return True
 
 
@@ -85,14 +86,23 @@ def run_in_fork(session, numbered, folder: Path):
         capture.stop_global_capturing()
         capture.start_global_capturing()
         with open(folder / "reports", "wb", buffering=0) as file:
-            writer = SimpleNamespace(pytest_runtest_logreport=lambda report: pickle.dump(report, file))
-            plugins.register(writer)
+            plugins.register(ReportWriter(file))
             run_unclaimed(session, numbered, folder)
         code = 0
     except Exception:
-        traceback.print_exc()
+        (folder / "error").write_text(traceback.format_exc())
     finally:
         os._exit(code)
+
+
+class ReportWriter:
+    """A plugin for pytest that writes its reports into a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def pytest_runtest_logreport(self, report):
+        pickle.dump(report, self.file)
 
 
 def read_reports(path: Path) -> dict[str, list]:
