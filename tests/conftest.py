@@ -19,6 +19,11 @@ from train import train
 from training_runs import ADVERSARIAL, all_runs, begun_on_two_processes, settings, write_data
 
 
+def pytest_runtest_setup():
+    """A test's random numbers are its own: not those that the tests before it in its process leave over."""
+    torch.manual_seed(0)
+
+
 def pytest_runtestloop(session):
     return run_tests(session)
 

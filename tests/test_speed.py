@@ -304,7 +304,8 @@ def test_rows_alone_and_together_are_equal_by_every_compiler(home, cc, refused, 
     for dtype in torch.float32, torch.bfloat16, torch.int8:
         layer, x = PackedLinear(torch.randn(20, 320), dtype), torch.randn(5, 320)
         weight = layer.weight.double() * (1 if layer.scale is None else layer.scale.double()[:, None])
-        torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=1e-3, atol=1e-3)
+        tolerance = 5e-3 if dtype == torch.int8 else 1e-3   # with weights in int8, x is rounded too
+        torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=1e-3, atol=tolerance)
         for n in range(5):
             assert torch.equal(layer(x)[n], layer(x[n]))
 
@@ -481,7 +482,9 @@ def test_the_shipped_codec_in_bfloat16():
     wav = read_audio(ROOT / "assets" / "ode_to_joy.wav", plain.sample_rate, 1, duration=2.0)[None]
     codes = plain.encode(wav)
     output = half.decode(codes)
-    assert output.dtype == torch.float32 and not torch.equal(output, plain.decode(codes))
+    assert output.dtype == torch.float32
+    if kernels.has_bfloat16():
+        assert not torch.equal(output, plain.decode(codes))
     assert si_snr(plain.decode(codes), output).min() > 35
     assert torch.equal(half.encode(wav), codes)
 
