@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -20,7 +21,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from commands import command, preparing, refused, sampling, train_main, worked
+from commands import command, forked, preparing, refused, sampling, train_main, worked
 from config import Config
 from constants import RATE, ROOT, TRAIN, flags
 from data import tunes
@@ -148,6 +149,19 @@ def play(model):
 def model_and_music(world, request):
     model = MusicGen.from_pretrained(world / "lm", "cpu", request.param)
     return model, play(model)
+
+
+def test_a_fork_after_a_generation_plays_with_one_thread(model_and_music):
+    """As docs/troubleshooting.md has it: OpenMP's threads do not survive a fork."""
+    model, music = model_and_music
+
+    def child(argv):
+        signal.alarm(120)       # instead of a wait without end
+        torch.set_num_threads(1)
+        print((play(model) - music).abs().max() < 1e-3)
+    done = forked(child)
+    worked(done)
+    assert "True" in done.out
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
