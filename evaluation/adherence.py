@@ -168,14 +168,12 @@ def melody_figures(wavs, clips, sample_rate: int) -> dict:
 
     Of clips without bass and chords alone, through which the tracker does not hear.
     """
-    pieces = {}
+    pieces, instruments = [], []
     for wav, asked in zip(waves_of(wavs), clips):
         if all(not asked.truth.get(name) for name in ALONE):
-            pieces.setdefault(asked.truth["instrument"], []).append((wav, asked.notes))
-    figures = note_figures(sum(pieces.values(), []), sample_rate)
-    for name, of_it in sorted(pieces.items()):
-        figures[f"notes_right {name}"] = note_figures(of_it, sample_rate)["notes_right"]
-    return figures
+            pieces.append((wav, asked.notes))
+            instruments.append(asked.truth["instrument"])
+    return note_figures(pieces, sample_rate, instruments)
 
 
 def valid(wavs, config) -> float:

@@ -24,8 +24,9 @@ from evaluation.adherence import adherence, enter
 from evaluation.metrics import (codebook_use, compare_chroma, frechet_distance, latent_vectors, melody_of,
                                 reconstruct)
 from evaluation.probes import distances, has_opus, opus_roundtrip, probes
+from evaluation.waves import codec_roundtrip
 from sample import MusicGen
-from system.devices import device_of, pick_device
+from system.devices import pick_device
 from system.errors import UserError
 from system.files import check_writable, write_atomic
 from training.figures import rounded, with_perplexity
@@ -102,11 +103,10 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
 def codec_table(codec, pairs: list) -> dict:
     """Probes of a codec, distances of waves and reconstructions (L,): {name: {"codec" or "opus": figure}}."""
     rate = codec.sample_rate
-    device = device_of(codec)
 
     def through_codec(wave):
-        wav = torch.from_numpy(wave).to(device).expand(1, codec.channels, -1)
-        return reconstruct(codec, wav)[0][0].mean(0).cpu().numpy()
+        wav = torch.from_numpy(wave).expand(1, codec.channels, -1)
+        return codec_roundtrip(codec, wav)[0].mean(0).numpy()
 
     def through_opus(wave):
         return opus_roundtrip(wave, rate)

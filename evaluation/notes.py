@@ -197,21 +197,23 @@ def struck_again(wav, sample_rate: int, start: float, pitch: float) -> bool:
     return bool(rises) and max(rises) >= STRUCK
 
 
-def note_figures(pieces, sample_rate: int) -> dict:
+def note_figures(pieces, sample_rate: int, groups=None) -> dict:
     """Figures of pieces, (mix (L,), notes) each, over all their notes; none of notes that there are none of.
 
     notes_right             share of notes heard at their pitch, in any octave
+    notes_right flute ...   of the pieces of each group, where groups names one for each piece
     short_notes_right       of those below SHORT seconds
     repeated_notes_right    of those of the pitch of the one before: right, and struck again
     octave_leaps            in ten seconds, see `octave_leaps`
     """
-    right, short, repeated = [], [], []
+    right, short, repeated, of_group = [], [], [], {}
     leaps, seconds = 0, 0.0
-    for wav, notes in pieces:
+    for (wav, notes), group in zip(pieces, groups or [None] * len(pieces), strict=True):
         notes = [note for note in notes if note[1] >= SHORTEST]
         heard = heard_pitches(wav, sample_rate, notes)
         correct = right_notes(heard, notes)
         right += list(correct)
+        of_group.setdefault(group, []).extend(correct)
         for n, (start, length, _) in enumerate(notes):
             if length < SHORT:
                 short.append(correct[n])
@@ -221,5 +223,7 @@ def note_figures(pieces, sample_rate: int) -> dict:
         leaps += octave_leaps(heard, notes)
         seconds += len(wav) / sample_rate
     shares = {"notes_right": right, "short_notes_right": short, "repeated_notes_right": repeated}
+    if groups:
+        shares |= {f"notes_right {group}": of_group[group] for group in sorted(of_group)}
     figures = {name: float(np.mean(values)) for name, values in shares.items() if values}
     return figures | {"octave_leaps": 10 * leaps / seconds}

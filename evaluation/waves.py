@@ -20,14 +20,14 @@ def to_batch(waves) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(codec, wavs):
-    """Waves (B, 1, L) -> codes (B, K, T) on the codec's device."""
+    """Waves (B, C, L) -> codes (B, K, T) on the codec's device."""
     device = device_of(codec)
     return torch.cat([codec.encode(part.to(device)) for part in wavs.split(BATCH)])
 
 
 @torch.no_grad()
 def codec_roundtrip(codec, wavs):
-    """Waves (B, 1, L) as the codec reconstructs them, on the CPU."""
+    """Waves (B, C, L) as the codec reconstructs them, on the CPU."""
     codes = encode(codec, wavs)
     output = torch.cat([codec.decode(part) for part in codes.split(BATCH)])
     return output[..., :wavs.shape[2]].cpu()
