@@ -9,7 +9,7 @@
             average <-- weights <-- optimizer <-- clipped gradients <-- 7 backward
 
 From top to bottom: learning rate, optimizer, average of the weights, what is trained, and the loop, `train`,
-whose steps are numbered as in README ("the life of a batch"). What only some runs need is in training/.
+whose steps are numbered as in docs/tour.md ("the life of a batch"). What only some runs need is in training/.
 
 Item i of update u is drawn from a generator seeded (seed, u, i): one process or eight, resumed or not, train
 on the same data. An update is one step of the optimizer; updates are counted from 0.

@@ -29,7 +29,7 @@ from training.command import FLAGS, take_flags
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
-README, PARITY = TEXTS["README.md"], TEXTS["docs/parity.md"]
+README, PARITY, TOUR = TEXTS["README.md"], TEXTS["docs/parity.md"], TEXTS["docs/tour.md"]
 RESULTS, TRAINING = TEXTS["docs/results.md"], TEXTS["docs/training.md"]
 PLACEHOLDERS = {"tune.mp3", "song.mp3", "song.txt", "song.json", "song.mp3.txt", "song.mp3.json", "MY_MUSIC",
                 "FOLDER_OF_AUDIO"}
@@ -107,6 +107,37 @@ def test_versions():
     workflow = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
     assert f'python: ["{oldest}", "{newest}"]' in workflow
     assert f"torch>={torch_version}\n" in (ROOT / "requirements.txt").read_text(encoding="utf-8")
+
+
+# --- what the tour names to be read -------------------------------------------------------------------------
+
+def reading_list() -> dict[tuple[str, str], int]:
+    """{(file, name): lines} of what stands behind **Read** in the tour, and of the docstring of each file."""
+    found = {}
+    for passage in re.findall(r"^- \*\*Read\*\* (.*?)(?=^- \*\*)", TOUR, flags=re.M | re.S):
+        in_a_file = r"in `([\w/]+\.py)`:?(.*?)(?=in `[\w/]+\.py`|\Z)"
+        for file, names in re.findall(in_a_file, passage, flags=re.S):
+            nodes = {}
+            tree = ast.parse((ROOT / file).read_text())
+            found[file, ""] = tree.body[0].end_lineno
+            for node in tree.body:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+                    nodes |= {f"{node.name}.{child.name}": child for child in methods} | {node.name: node}
+            for name in re.findall(r"`([\w.]+)`", names):
+                found[file, name] = nodes[name].end_lineno - nodes[name].lineno + 1
+    return found
+
+
+def test_the_tour_is_short():
+    """A training update and a sample take fewer than 1,500 lines, nothing is named twice, all stages are."""
+    lines = reading_list()
+    claimed = numbers(re.search(r"\*\*Read\*\* is about ([\d,]+) lines", " ".join(TOUR.split()))[1])
+    assert sum(lines.values()) < 1500 and abs(sum(lines.values()) - claimed[0]) <= 50, sum(lines.values())
+    whole = {name for _, name in lines}
+    assert not [name for name in whole if "." in name and name.partition(".")[0] in whole], "is named twice"
+    assert {"train.py", "sample.py", "lm.py", "patterns.py", "conditioners.py", "chroma.py", "encodec.py",
+            "rvq.py", "data/segments.py"} == {file for file, _ in lines} - {"data/stems.py"}
 
 
 # --- commands ---------------------------------------------------------------------------------------------
@@ -195,12 +226,19 @@ def test_experiment_prints_what_is_promised(line, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if "```python" in text])
-def test_python_runs(name, monkeypatch):
-    """Examples in Python run, but for the music itself: its arguments are checked, nothing is generated."""
+def test_python_runs(name, monkeypatch, capsys):
+    """Examples in Python run, but for the music itself: its arguments are checked, nothing is generated.
+
+    A block that follows at once is what the example prints.
+    """
     monkeypatch.setattr(MusicGen, "generate", create_autospec(MusicGen.generate))
     monkeypatch.chdir(ROOT)
-    for code in re.findall(r"^```python\n(.*?)^```", TEXTS[name], flags=re.M | re.S):
+    blocks = r"^```python\n(.*?)^```\n(?:\n^```\n(.*?)^```)?"
+    for code, promised in re.findall(blocks, TEXTS[name], flags=re.M | re.S):
+        capsys.readouterr()
         exec(code, {})
+        printed = capsys.readouterr().out
+        assert not promised or printed == promised
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -296,7 +334,7 @@ def test_every_number_of_audiocraft():
 def test_letters():
     config = Config()
     letters = {}
-    for row in rows(section(README, "Letters")):
+    for row in rows(section(TOUR, "Letters")):
         letters |= dict(zip(row[::2], row[1::2]))
     values = {letter: numbers(meaning) for letter, meaning in letters.items()}
     head_width = config.dim // config.num_heads
@@ -309,7 +347,7 @@ def test_letters():
 
 
 def test_sizes_in_the_life_of_a_batch():
-    config, text = Config(), section(README, "Two walks")
+    config, text = Config(), section(TOUR, "Two walks")
     S = patterns.from_config(config).steps(config.segment_frames, keep_only_valid_steps=True)
     for name, value in (("B", config.batch_size), ("T", config.segment_frames), ("S", S),
                         ("M", config.chroma_frames), ("D", config.dim)):
@@ -401,7 +439,7 @@ def test_demo_of_the_codec():
     result = command(encodec_demo, ROOT / "assets/ode_to_joy.wav")
     worked(result)
     errors = re.findall(r"error .* = ([\d.]+)", result.out)
-    assert len(errors) == 4 and ", ".join(errors) in README
+    assert len(errors) == 4 and ", ".join(errors) in " ".join(TOUR.split())
 
 
 def test_demo_of_the_language_model():
@@ -441,9 +479,9 @@ def test_plan_of_the_melody_model():
     result = command(train_main, ROOT / "config/melody.py", "--plan=8", "--device=cpu")
     worked(result)
     for number in ("1,385.6 M", "1,152,000 tokens"):
-        assert number in result.out and number in README
+        assert number in result.out and number in TOUR
     together = re.search(r"together +([\d.]+) GB", result.out)[1]
-    shown = re.findall(r"([\d.]+) GB (?:a process|for each of eight processes)", README)
+    shown = re.findall(r"([\d.]+) GB (?:a process|for each of eight processes|a\s+process)", README + TOUR)
     assert len(shown) == 2
     for number in shown:
         assert_figures(number, [float(together)])
