@@ -84,8 +84,8 @@ def norm_over_time(config, channels):
 
 class ConvTranspose(nn.Module):
     """The way back: T frames become exactly T * stride samples. Every frame adds its kernel of 2 * stride
-    samples, each one stride further on. What hangs over is cut off where `Conv` pads: right when causal, else
-    half on each side (the odd one left)."""
+    samples, each one stride further on. What hangs over is cut off: all of it right when causal, so that no
+    sample needs a later frame, else half on each side (the odd one left)."""
 
     def __init__(self, config, inputs, outputs, stride):
         super().__init__()
