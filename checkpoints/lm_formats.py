@@ -8,7 +8,6 @@ to those in audiocraft's code. Every number of the architecture comes from the c
 """
 import itertools
 import json
-import re
 import tempfile
 from pathlib import Path
 
@@ -72,13 +71,23 @@ def read_tensors_for(lm, directory, origin: str, dtype) -> dict:
             found = itertools.chain(found, identity_projections(lm).items())
         shapes = {name: (*tensor.shape[:-1], columns_of(tensor)) for name, tensor in own.items()}
         tensors = pack(found, name_table(lm, origin == "audiocraft"), shapes, rest, directory, kinds)
-    if kinds:
-        tensors = {name.replace(".weight" + SCALE, SCALE): tensor for name, tensor in tensors.items()}
+    for name in kinds:
+        scale = scale_in_model(name)
+        if scale in tensors:
+            raise UserError(f"{directory}: has a parameter {scale}, which in int8 and int4 is the name of the "
+                            f"scale of {name}; rename it, or load the model in another dtype")
+        if name + SCALE in tensors:
+            tensors[scale] = tensors.pop(name + SCALE)
     if rest is not None:        # norms and embeddings of a model that computes in float32
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and name in own:
                 tensors[name] = tensor.to(own[name].dtype)
     return tensors
+
+
+def scale_in_model(name: str) -> str:
+    """Where a quantized layer has the scale of its weight `name`. In files it is name + SCALE."""
+    return name.removesuffix(".weight") + SCALE
 
 
 def read_ours(directory, dtype, kinds: dict) -> dict:
@@ -120,14 +129,17 @@ def write_lm(lm, directory, compact: bool):
     compact: matrices as int8 with a scale for each row, the rest as float16; a quarter of the size. Raises
     UserError for matrices in int4: they are made of a file, which is still there.
     """
-    if any(tensor.dtype == INT4 for tensor in lm.state_dict().values()):
+    own = lm.state_dict()
+    if any(tensor.dtype == INT4 for tensor in own.values()):
         raise UserError(f"{directory}: a model loaded in int4 is not written; load it in another dtype")
-    tensors = {re.sub(r"\.scale$", ".weight" + SCALE, name): t for name, t in lm.state_dict().items()}
+    # of quantized weights alone: a parameter may be called scale, too
+    scales = {scale_in_model(name): name + SCALE for name, t in own.items() if t.dtype in QUANTIZERS}
+    tensors = {scales.get(name, name): tensor for name, tensor in own.items()}
     tensors.pop(TIED[1], None)
     for name, tensor in list(tensors.items()) if compact else ():
         if tensor.dim() == 2 and tensor.is_floating_point():
             tensors[name], tensors[name + SCALE] = quantize_rows(tensor)
-        elif tensor.is_floating_point() and not name.endswith(SCALE):
+        elif tensor.is_floating_point() and name not in scales.values():
             tensors[name] = tensor.half()
     write_tensors(Path(directory) / "model.safetensors", tensors)
     lm.config.save(Path(directory) / "config.json")
@@ -354,7 +366,11 @@ def check_exportable(c: Config):
 def exported_tensors(lm) -> dict:
     """The language model's tensors under transformers' names."""
     tensors, ours, D = {}, lm.state_dict(), lm.config.dim
-    for name, parts in name_table(lm, audiocraft=False).items():
+    table = name_table(lm, audiocraft=False)
+    t5 = "conditioner.text.t5."     # is written as text_encoder
+    if unknown := [name for name in ours if name not in table and not name.startswith(t5)]:
+        raise UserError(f"transformers has no place for {listed(unknown)}, so this model cannot be exported")
+    for name, parts in table.items():
         tensors |= zip(parts, ours[name].chunk(len(parts)))
     for name, identity in identity_projections(lm).items():
         if not torch.equal(tensors.pop(name).float().cpu(), identity):

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import T5Config
 
 import lm as L
@@ -234,6 +235,31 @@ def test_files_with_former_names_load(tmp_path, compact):
     assert {"heads.weight", "layers.1.cross.qkv.weight"} <= former.keys() - tensors.keys()
     save_file(former, path)
     assert equal_weights(L.LMModel.from_pretrained(tmp_path), expected)
+
+
+class Scaled(L.LMModel):
+    """A language model with a parameter of its own beside a matrix, named as the scale of quantized rows."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_heads.scale = nn.Parameter(torch.rand(len(self.lm_heads.weight)))
+        self.emb.scale = nn.Parameter(torch.rand(4, 8))
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_parameter_named_scale_is_no_scale_of_rows(tmp_path, compact):
+    lm = Scaled(make().config)
+    lm.save(tmp_path, compact)
+    again = Scaled.from_pretrained(tmp_path, torch.float32)
+    for name in ("lm_heads.scale", "lm_heads.weight", "emb.scale"):
+        a, b = lm.state_dict()[name], again.state_dict()[name]
+        torch.testing.assert_close(a, b, rtol=1e-3 if compact else 0, atol=0.01 if compact else 0)
+
+
+def test_a_parameter_named_scale_is_refused_in_int8(tmp_path):
+    Scaled(make(dim=64, num_heads=2).config).save(tmp_path)
+    with pytest.raises(UserError, match="lm_heads.scale.*rename"):
+        Scaled.from_pretrained(tmp_path, torch.int8, optimize_for_cpu)
 
 
 def test_current_names():

@@ -7,6 +7,7 @@ import http.client
 import io
 import itertools
 import json
+import runpy
 import shlex
 import threading
 import time
@@ -243,6 +244,16 @@ def test_music_comes_in_pieces_and_is_kept(server, model, tmp_path, monkeypatch)
     worked(command(sample_main, *shlex.split(about["command"])[2:]))       # it makes the same file again
     assert np.abs(soundfile.read("take_1.wav")[0] - soundfile.read(io.BytesIO(content))[0]).max() < 1e-3
     assert json.loads(server.get("/takes")[1]) == [done]
+
+
+def test_a_new_setting_can_be_wished_for(monkeypatch):
+    """A line in SETTINGS is enough: its limits are those of its key of the configuration."""
+    monkeypatch.setitem(studio.SETTINGS, "start", "start_p")
+    fresh = runpy.run_path(studio.__file__)
+    assert set(studio.SETTINGS) <= set(fresh["check_wish"]({}))
+    assert fresh["check_wish"]({"start": 0.5})["start"] == 0.5
+    with pytest.raises(UserError, match="start: must be a number from 0 to 1"):
+        fresh["check_wish"]({"start": 2})
 
 
 def test_notes(server):

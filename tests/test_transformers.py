@@ -477,6 +477,14 @@ def test_exported_and_read_back(tmp_path, kind, text_dim):
     assert json.loads((second / "preprocessor_config.json").read_text())["sampling_rate"] == 8000
 
 
+def test_a_parameter_that_transformers_lacks_is_not_left_out_of_an_export(world, tmp_path):
+    lm = LMModel.from_pretrained(world / "hf")
+    lm.layers[0].gate = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(UserError, match="layers.0.gate") as caught:
+        export_transformers(lm, EncodecModel.from_pretrained(world / "hf"), tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("changes", [
     dict(top_k=7, top_p=0.5), dict(temperature=0.0), dict(cfg_coef=0.0)], ids=str)
 def test_sampling_settings_survive_an_export(world, tmp_path, changes):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from config import FIELDS
 from data.audio import conversion, read_audio, to_int16, write_audio
 from data.notes import FASTEST, SLOWEST, parse_notes
 from data.vocabulary import FILLERS
@@ -36,8 +37,10 @@ NUMBERS = {     # what a wish can say: type, lowest, highest, default
     "duration": (float, 0.1, MAX_DURATION, 10.0), "seed": (int, 0, 2 ** 53, 0),
     "melody": (int, 0, 10 ** 9, None), "continue": (int, 0, 10 ** 9, None),
     "bpm": (float, SLOWEST, FASTEST, None),
-    "guidance": (float, -1000, 1000, None), "temperature": (float, 0, 100, None),
-    "top_k": (int, 0, 10 ** 6, None), "top_p": (float, 0, 1, None)}
+    "guidance": (float, -1000, 1000, None)}
+for name, key in SETTINGS.items():      # those without a line above have the limits of config.py
+    limits = FIELDS[key].metadata
+    NUMBERS.setdefault(name, (type(FIELDS[key].default), limits["least"], limits["most"], None))
 TEXTS = {"text": 1000, "notes": 10_000}     # characters at most
 
 
