@@ -133,7 +133,7 @@ def main(argv):
     one_hot = ChromaExtractor(sample_rate)(wav)
     print(f"{name}: {wav.shape[1]:,} samples -> {chroma.shape[1]} frames x 12 pitch classes")
     print(draw(chroma[0]))
-    print("argmax: all that the model is given")
+    print("argmax: all that a model is told")
     print(draw(one_hot[0]))
 
 

@@ -1,6 +1,6 @@
 """Conditioners: text and melody as vectors that the language model can attend to (MusicGen 2.3).
 
-    "a slow flute tune" --T5--> (B, P, 768) --linear--> (B, P, D)  text,   0 where there is none
+    "a slow flute tune" --T5--> (B, n, 768) --linear--> (B, n, D)  text,   0 where there is none
     melody.wav -------chroma--> (B, M, 12)  --linear--> (B, M, D)  melody, `null_melody` where there is none
 
 and how the two enter the language model (`Conditions`):
@@ -36,8 +36,8 @@ class Conditions(NamedTuple):
     prefix: torch.Tensor | None = None        # (B, P, D)
     prefix_mask: torch.Tensor | None = None   # (B, P) bool
     prefix_time: torch.Tensor | None = None   # (P,) in columns of the music, for rotary positions
-    cross: torch.Tensor | None = None         # (B, P', D)
-    cross_mask: torch.Tensor | None = None    # (B, P') bool
+    cross: torch.Tensor | None = None         # (B, n, D)
+    cross_mask: torch.Tensor | None = None    # (B, n) bool
     added: torch.Tensor | None = None         # (B, S, D) or (B, 1, D)
 
     @property
@@ -108,7 +108,7 @@ class T5Conditioner(nn.Module):
         return t5
 
     def tokenize(self, texts):
-        """Texts -> token ids (B, P) and their mask (B, P) bool, right-padded, an end token closing each."""
+        """Texts -> token ids (B, n) and their mask (B, n) bool, right-padded, an end token closing each."""
         if self.name in SMALL_T5:
             return self.tokenize_small(texts)
         # 512 tokens is what T5 was trained on; a text of 4,000 words is cut, not refused
@@ -137,15 +137,15 @@ class T5Conditioner(nn.Module):
         return self._tokenizer
 
     def forward(self, texts):
-        """B descriptions -> frames (B, P, D), and the mask (B, P) of the tokens that each item has.
+        """B descriptions -> Frames: values (B, n, D), mask (B, n) of the tokens that each item has, times.
 
         A missing, empty or wholly dropped text is one frame of zeros: the end token of "". (Audiocraft
-        pads it to the longest text of the batch with further zeros.)
+        pads it to the longest text of the batch with further zeros.) Tokens have the times -1, -2, ...
         """
         device = self.proj.weight.device
         # a command line may hold bytes that are not UTF-8, which no tokenizer takes
         texts = [(text or "").encode(errors="replace").decode() for text in texts]
-        ids, mask = self.tokenize(texts)                                    # (B, P)
+        ids, mask = self.tokenize(texts)                                    # (B, n)
         ids, mask = ids.to(device), mask.to(device)
         given = torch.tensor([bool(text) for text in texts])
         given = given.to(device)[:, None]                                   # (B, 1)
@@ -154,7 +154,7 @@ class T5Conditioner(nn.Module):
         with torch.set_grad_enabled(learns), torch.autocast(device.type, enabled=False):
             output = self.encoder()(input_ids=ids, attention_mask=mask.long())
         hidden = output.last_hidden_state.to(self.proj.weight.dtype)
-        frames = self.proj(hidden)                                          # (B, P, D)
+        frames = self.proj(hidden)                                          # (B, n, D)
         frames = frames * (mask & given)[..., None].to(frames.dtype)
         time = -1 - torch.arange(ids.shape[1], device=device, dtype=torch.float32)  # before the music
         return Frames(frames, mask, time)
@@ -173,7 +173,7 @@ class ChromaConditioner(nn.Module):
         self.proj = nn.Linear(config.n_chroma, config.dim)
 
     def forward(self, melodies):
-        """B chroma (M, Q), or None where an item has no melody -> frames (B, M, D)."""
+        """B chroma (M, Q), or None where an item has no melody -> Frames: values (B, M, D), mask, times."""
         weight = self.proj.weight
         given = torch.tensor([melody is not None for melody in melodies])
         given = given.to(weight.device)                                     # (B,)
@@ -218,38 +218,38 @@ class Conditioners(nn.Module):
         guidance: a batch of 2B is returned, the items, then the same items without text and melody, each
         keeping the number of frames it had.
         """
-        fused = []      # (way into the model, Frames); the melody comes first in the prefix
+        parts = []      # (way into the model, Frames); the melody comes first in the prefix
         if self.melody is not None:
             melodies = list(conditions["melody"])
             if guidance:
                 melodies += [None] * len(melodies)
-            fused.append((self.config.melody, self.melody(melodies)))
+            parts.append((self.config.melody, self.melody(melodies)))
         if self.text is not None:
             text = self.text(conditions["text"])
             if guidance:
                 values = torch.cat([text.values, torch.zeros_like(text.values)])
                 mask = torch.cat([text.mask, text.mask])
                 text = Frames(values, mask, text.time)
-            fused.append((self.config.text, text))
-        return fuse(fused, S)
+            parts.append((self.config.text, text))
+        return fuse(parts, S)
 
 
-def fuse(fused, S):
+def fuse(parts, S):
     """[(way into the model, Frames)] -> Conditions for S columns of music."""
-    prefix = [frames for way, frames in fused if way == "prepend"]
-    cross = [frames for way, frames in fused if way == "cross"]
-    added = [mean(frames) for way, frames in fused if way == "sum"]
-    added += [stretched(frames, S) for way, frames in fused if way == "interpolate"]
+    prefix = [frames for way, frames in parts if way == "prepend"]
+    cross = [frames for way, frames in parts if way == "cross"]
+    added = [mean(frames) for way, frames in parts if way == "sum"]
+    added += [stretched(frames, S) for way, frames in parts if way == "interpolate"]
     cross_frames, cross_mask, _ = joined(cross)
     total = sum(added) if added else None
     return Conditions(*joined(prefix), cross_frames, cross_mask, total)
 
 
-def joined(parts):
-    """Frames one behind the other -> values, mask and time of all of them, or three times None."""
-    if not parts:
+def joined(several):
+    """Several Frames, one behind the other -> values, mask and time of all, or three times None."""
+    if not several:
         return None, None, None
-    values, mask, time = zip(*parts)
+    values, mask, time = zip(*several)
     values, mask = torch.cat(values, 1), torch.cat(mask, 1)
     return values, mask, torch.cat(time)
 

@@ -132,7 +132,7 @@ class Config:
     eps: float = setting(1e-8, "of Adam")
     weight_decay: float = amount(0.1, "decoupled from the gradient")
     max_norm: float = amount(1.0, "largest norm of the gradient; 0: not clipped")
-    ema_decay: float = fraction(0.99, "of the averaged weights, which are what is saved")
+    ema_decay: float = fraction(0.99, "of the averaged weights, which go into model.safetensors")
     ema_every: int = setting(10, "updates between two steps of that average")
     warmup: int = amount(4000, "updates of linear rise of the learning rate")
     lr_min_ratio: float = fraction(0.0, "where the cosine of the learning rate ends, as a share of lr")

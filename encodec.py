@@ -183,7 +183,7 @@ class EncodecModel(nn.Module):
         self.bandwidth = codebook_bandwidth(config)         # kb/s of one codebook
         self.encoder = build_encoder(config)
         self.decoder = build_decoder(config)
-        _, self.look_ahead, _, _ = reach(self.decoder)      # frames known before one can be played
+        _, self.look_ahead, _, _ = receptive_field(self.decoder)    # frames known before one can be played
         for layer in list(self.modules()):
             if config.norm == "weight_norm" and isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
                 parametrizations.weight_norm(layer)         # w = g v / |v| (arXiv 1602.07868)
@@ -300,7 +300,7 @@ def stream(layers, pieces):
 
 def _stream_convs(layers, pieces):
     """Convolutions see only so far: a piece goes in with so much of its neighbors, which is cut off again."""
-    before, after, down, up = reach(layers)
+    before, after, down, up = receptive_field(layers)
     before = max(2, before)         # enough for the reflection at the end
     held, done = None, 0            # the last inputs, and how many strides of them have given their outputs
     for x in pieces:
@@ -315,8 +315,8 @@ def _stream_convs(layers, pieces):
         yield layers(held)[..., done * up:]
 
 
-def reach(layers):
-    """`down` inputs, a stride, give `up` outputs, which come of them and so many strides before and after."""
+def receptive_field(layers):
+    """-> before, after, down, up: `down` inputs, a stride, make `up` outputs, with so many strides around."""
     before = after = 0
     down = up = 1
     for layer in reversed(list(layers.modules())):      # from the outputs back to the inputs

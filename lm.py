@@ -96,7 +96,7 @@ class CrossAttention(Attention):
     """Attention of the music to a condition. No positions, as in audiocraft."""
 
     def forward(self, x, condition, mask=None, cache=None):
-        """x (B, S, D), condition (B, P', D), mask (B, P') bool -> (B, S, D)."""
+        """x (B, S, D), condition (B, n, D), mask (B, n) bool -> (B, S, D)."""
         B, S, D = x.shape
         q = self.qkv.rows(x, 0, D).view(B, S, self.num_heads, -1)
         q = self.q_norm(q.transpose(1, 2))                                  # (B, H, S, E)
@@ -104,16 +104,16 @@ class CrossAttention(Attention):
         if cache is not None:
             cache.condition = k_v               # the same at every call
         if mask is not None:
-            mask = mask[:, None, None]                                      # (B, 1, 1, P')
+            mask = mask[:, None, None]                                      # (B, 1, 1, n)
         y = F.scaled_dot_product_attention(q, *k_v, attn_mask=mask)         # (B, H, S, E)
         y = y.transpose(1, 2).reshape(B, S, D)
         return self.out(y)
 
     def keys_values(self, condition):
-        """Keys and values (B, H, P', E) of a condition (B, P', D)."""
-        B, P, D = condition.shape
+        """Keys and values (B, H, n, E) of a condition (B, n, D)."""
+        B, n, D = condition.shape
         kv = self.qkv.rows(condition, D, 3 * D)
-        k, v = kv.view(B, P, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        k, v = kv.view(B, n, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         return self.k_norm(k), v
 
 

@@ -7,7 +7,7 @@ out in S columns. The model predicts column after column, all codes of one at on
     column s0 s1 s2 s3 s4 s5 s6 s7
     k1      .  1  2  3  4  .  .  .      T = 4 frames, K = 4 codebooks, delays 0, 1, 2, 3;
     k2      .  .  1  2  3  4  .  .      S = T + max(delays) + 1 = 8 columns;
-    k3      .  .  .  1  2  3  4  .      a number is a frame, a dot the special token;
+    k3      .  .  .  1  2  3  4  .      a number is a frame (in code from 0), a dot the special token;
     k4      .  .  .  .  1  2  3  4      `python patterns.py [T]` draws all five patterns
 
 30 s (T = 1,500) are 1,504 columns and 1,503 model calls, as s0 is given. Training keeps 1,501 columns (here
@@ -25,11 +25,11 @@ from system.errors import UserError
 
 
 class Pattern:
-    """What all patterns do with their `layout(T)`: S columns, each a list of cells (frame t, codebook k).
-    Cells with t >= T stay empty; keep_only_valid_steps (training) drops one last column per such t."""
+    """A pattern is its `layout(T)`: S columns, each a list of cells (frame t, codebook k), both from 0.
+    Cells of a t >= T stay empty; for each such t keep_only_valid_steps (training) drops one last column."""
 
     def build(self, codes, special, keep_only_valid_steps=False, T=None):
-        """Codes (B, K, T) -> sequence (B, K, S), mask (K, S); else `special`. A prompt needs its final T."""
+        """Codes (B, K, T0), a prompt if T is more -> sequence (B, K, S), `special` outside of mask (K, S)."""
         T = codes.shape[2] if T is None else T
         if T < codes.shape[2]:
             raise ValueError(f"a prompt of {codes.shape[2]} frames is longer than the whole, {T}")
@@ -88,7 +88,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class DelayPattern(Pattern):
-    """Codebook k runs delays[k] columns late: P_s = {(s - k + 1, k)} (equation 6; k from 1)."""
+    """Codebook k runs delays[k] columns late: P_s = {(s - k + 1, k)} (equation 6; frames and k from 1)."""
     delays: tuple[int, ...]
     empty_initial: int = 0      # more empty columns at the start; -1: none at all
     flatten_first: int = 0      # frames at the start that are laid out one code per column
@@ -98,8 +98,8 @@ class DelayPattern(Pattern):
         columns = [[]] * (1 + self.empty_initial)
         for t in range(min(T, first)):
             columns += [[(t, k)] for k, _ in delays]
-        for s in range(first, T + max(self.delays, default=0)):
-            columns.append([(s - d, k) for k, d in delays if s - d >= first])
+        for t in range(first, T + max(self.delays, default=0)):     # of a codebook without delay
+            columns.append([(t - d, k) for k, d in delays if t - d >= first])
         return columns
 
 

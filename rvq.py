@@ -4,11 +4,11 @@
 
 Codebook 1 picks its entry nearest to the vector, codebook 2 the one nearest to what is left over, and so on:
 
-    r_1 = x     c_k = argmin_v |r_k - E_k[v]|     r_(k+1) = r_k - E_k[c_k]     x ~ E_1[c_1] + ... + E_K[c_K]
+    r_1 = x     c_k = argmin_v |r_k - e_k[v]|     r_(k+1) = r_k - e_k[c_k]     x ~ e_1[c_1] + ... + e_K[c_K]
 
 Four codebooks of 2,048 entries tell 2^44 vectors apart; a single one would need 2^44 entries. Entries are not
-learned by gradient: E = A / N, moving averages of the sum and the number of the vectors nearest to E (arXiv
-1711.00937, appendix A.1). The gradient passes the quantizer unchanged; a commitment loss pulls x to E.
+learned by gradient: e = m / N, moving averages of the sum and the number of the vectors nearest to e (arXiv
+1711.00937, appendix A.1). The gradient passes the quantizer unchanged; a commitment loss pulls x to e.
 """
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,10 @@ class ResidualVectorQuantizer(nn.Module):
         B, Z, T = x.shape
         x = x.float()  # half precision would pick wrong neighbors
         residual = x.transpose(1, 2).reshape(B * T, Z)                  # r_1: one row per frame
-        joint, mine = residual.detach(), slice(None)
+        gathered, own = residual.detach(), slice(None)
         if self.training:
-            joint, mine = gather_rows(joint)                            # (B T processes, Z)
-            joint = joint.nan_to_num(0.0, 0.0, 0.0)  # a NaN would stay in the averages for good
+            gathered, own = gather_rows(gathered)                       # (B T processes, Z)
+            gathered = gathered.nan_to_num(0.0, 0.0, 0.0)  # a NaN would stay in the averages for good
             # Passes so far seed all draws: all processes draw alike, and a resumed run as if never stopped.
             passes = [int(codebook.inited) for codebook in self.codebooks]
             if n_q is None and self.q_dropout:
@@ -54,15 +54,15 @@ class ResidualVectorQuantizer(nn.Module):
         all_codes, losses = [], []
         for k, codebook in enumerate(self._active(n_q)):
             if self.training and passes[k] == 0:
-                codebook.kmeans_init(joint, _generator(k, 0))
-            codes = nearest(joint, codebook.embed)                      # c_k (n,)
-            entries = codebook.embed.float()[codes]                     # E_k[c_k] (n, Z)
+                codebook.kmeans_init(gathered, _generator(k, 0))
+            codes = nearest(gathered, codebook.embed)                   # c_k (n,)
+            entries = codebook.embed.float()[codes]                     # e_k[c_k] (n, Z)
             if self.training:
-                codebook.ema_update(joint, codes, _generator(k, passes[k] + 1))
-            losses.append(F.mse_loss(residual, entries[mine]))          # equation 3
-            residual = residual - entries[mine]                         # r_(k+1)
-            joint = joint - entries
-            all_codes.append(codes[mine].view(B, T))
+                codebook.ema_update(gathered, codes, _generator(k, passes[k] + 1))
+            losses.append(F.mse_loss(residual, entries[own]))           # equation 3
+            residual = residual - entries[own]                          # r_(k+1)
+            gathered = gathered - entries
+            all_codes.append(codes[own].view(B, T))
         quantized = x - residual.view(B, T, Z).transpose(1, 2)          # sum of the entries (B, Z, T)
         quantized = x + (quantized - x).detach()  # straight through: the gradient for x is the identity
         codes = torch.stack(all_codes, 1)                               # (B, K, T)
@@ -102,7 +102,7 @@ class ResidualVectorQuantizer(nn.Module):
 
 
 class Codebook(nn.Module):
-    """V entries E (`embed`) with the moving averages A (`embed_avg`) and N (`cluster_size`)."""
+    """V entries e (`embed`) with the moving averages m (`embed_avg`) and N (`cluster_size`)."""
 
     def __init__(self, dimension, card, decay, kmeans_iters, threshold_dead, epsilon):
         super().__init__()
@@ -113,7 +113,8 @@ class Codebook(nn.Module):
         embed = torch.zeros(card, dimension)
         if not kmeans_iters:
             nn.init.kaiming_uniform_(embed)
-        self.register_buffer("inited", torch.full((1,), 0.0 if kmeans_iters else 1.0))  # training passes
+        passes = 0.0 if kmeans_iters else 1.0   # in training so far; "inited" is EnCodec's name
+        self.register_buffer("inited", torch.full((1,), passes))
         self.register_buffer("cluster_size", torch.zeros(card))
         self.register_buffer("embed", embed)
         self.register_buffer("embed_avg", embed.clone())
@@ -132,19 +133,19 @@ class Codebook(nn.Module):
         counts.clamp_(min=1)  # a center without vectors keeps its place until it counts as dead
         self.embed.copy_(centers)
         self.cluster_size.copy_(counts)
-        self.embed_avg.copy_(centers * counts[:, None])  # audiocraft's A = E shrinks E at the next pass
+        self.embed_avg.copy_(centers * counts[:, None])  # audiocraft's m = e shrinks e at the next pass
 
     @torch.no_grad()
     def ema_update(self, x, codes, generator):
         """Moves the averages by one batch x (n, Z) with codes (n,), then restarts dead entries."""
-        E, A, N = self.embed, self.embed_avg, self.cluster_size
-        counts, sums = _statistics(x, codes, len(E))
+        e, m, N = self.embed, self.embed_avg, self.cluster_size
+        counts, sums = _statistics(x, codes, len(e))
         N.mul_(self.decay).add_(counts, alpha=1 - self.decay)
-        A.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        m.mul_(self.decay).add_(sums, alpha=1 - self.decay)
         total = N.sum()
         share = (N + self.epsilon) / (total + len(N) * self.epsilon)    # Laplace: no division by 0
         smoothed = share * total
-        E.copy_(A / smoothed[:, None])
+        e.copy_(m / smoothed[:, None])
         self.inited += 1
         if self.threshold_dead > 0:
             mean = N.mean()
@@ -152,10 +153,9 @@ class Codebook(nn.Module):
             dead = N < (mean / 4).clamp(max=self.threshold_dead)
             dead_rows = dead[:, None]
             fresh = _pick(x, len(N), generator)                         # (V, Z): vectors of this batch
-            # It restarts as an entry of average use. Audiocraft replaces E alone; the same pass's E = A / N
-            # then puts it back where no vectors are.
-            E.copy_(torch.where(dead_rows, fresh, E))
-            A.copy_(torch.where(dead_rows, fresh * mean, A))
+            # as entries of average use; audiocraft replaces e alone, which e = m / N then undoes
+            e.copy_(torch.where(dead_rows, fresh, e))
+            m.copy_(torch.where(dead_rows, fresh * mean, m))
             N.copy_(torch.where(dead, mean, N))
 
 
@@ -196,9 +196,9 @@ def _generator(codebook, draw):
 if __name__ == "__main__":
     torch.manual_seed(0)
     rvq = ResidualVectorQuantizer(dimension=16, n_q=6, card=256, kmeans_iters=10)
-    vectors = torch.randn(1, 16, 4096)
     for _ in range(10):
-        rvq(vectors)
+        rvq(torch.randn(1, 16, 4096))
+    vectors = torch.randn(1, 16, 4096)      # not those that entries were fitted to: of these less is left
     codes = rvq.eval().encode(vectors)
     print(f"vectors {tuple(vectors.shape)} -> codes {tuple(codes.shape)}; first: {codes[0, :, 0].tolist()}")
     for k in range(1, 7):
@@ -206,5 +206,5 @@ if __name__ == "__main__":
         power = vectors.square().mean()
         error = float(left.square().mean() / power)
         print(f"{k} codebook{'s' * (k > 1):1}  error {100 * error:5.1f} %  {'#' * round(60 * error)}")
-    print("Each halves it: 8 bits for 16 numbers are R = 1/2 bit each, and 2 ** (-2 R) = 1/2 is the bound\n"
-          "for such numbers. (These entries were fitted to the same vectors, which gains about a percent.)")
+    print("8 bits for 16 numbers are R = 1/2 bit each. No code of such numbers leaves less than\n"
+          "2 ** (-2 R): 50 % with one codebook, 25 % with two.")

@@ -58,7 +58,7 @@ class DAdaptAdam(torch.optim.Optimizer):
     """Adam that finds its own learning rate (D-Adaptation, arXiv 2301.07733): MusicGen was trained with it.
 
     The right learning rate is about the distance that the weights have to go (the one that goes furthest). It
-    is unknown: `d` is the largest lower bound on it that the gradients g show so far. lr is only a factor on
+    is unknown: `d` is an estimate of it, the largest that the gradients g gave so far. lr is only a factor on
     d, so lr = 1 is right. With lam = d * lr:
 
         m <- b1 m + (1 - b1) lam g     v <- b2 v + (1 - b2) g^2     s <- b2 s + (1 - b2) lam g
@@ -66,17 +66,11 @@ class DAdaptAdam(torch.optim.Optimizer):
         r <- b2 r + (1 - b2) lam^2 sum(g^2 / a)
         d <- max(d, min(d_hat, growth_rate d))     d_hat = (sum(s^2 / a) / (1 - b2) - r) / sum|s|
 
-    Why d_hat is a bound. On a convex loss every gradient points away from the solution x*: g (x - x*) >= 0,
-    where x - x* is x0 - x* minus the moves so far. Multiply by lam, sum over updates: s (x0 - x*), which is
-    at most sum|s| times the distance, is at least the sum of the products of each lam g with the moves
-    before it. The numerator of d_hat is the square of a sum without the single squares (take s and r as plain
-    sums), which leaves these products, twice. So gradients that agree for long prove a long way. Around the
-    solution they point both ways, the products cancel, and d stays. (No network is convex: an estimate.)
-
-    A healthy log. d starts at 1e-6 and grows by half with every update, while the loss stands still. Within
-    tens of updates it settles where one would set Adam by hand, 1e-4 to 1e-3 (config/tiny.py: 6.7e-4). Then
-    the loss falls, and d_lr = d * lr follows the schedule. d never falls: lower lr if the loss rises.
-    This is audiocraft's estimator; the `dadaptation` 3.x package has another. d and r stay on the device.
+    The numerator of d_hat is the square of a sum of gradients without their single squares. Gradients that
+    agree for long make it large: there is far to go. Around the solution they point both ways, it falls, and
+    d stays. The paper proves a bound with a 2 below the line; this d, without it, can pass the distance by a
+    few times (docs/training.md has the proof and an example). d starts at 1e-6, grows within about a hundred
+    updates, and never falls: lower lr if the loss rises. It is audiocraft's; `dadaptation` 3.x has another.
     """
 
     def __init__(self, params, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, d0=1e-6,
@@ -192,12 +186,12 @@ def build_optimizers(module, extra, config):
 # === the average of the weights ===========================================================================
 
 class EMA:
-    """Exponential moving average, in float32, of all float weights and buffers of a module: what is saved.
+    """Exponential moving average, in float32, of all float weights and buffers of a module.
 
         count <- decay count + 1, w = 1 / count (plain: w = 1 - decay), average <- (1 - w) average + w value
 
-    unbiased: the weighted mean of the values seen so far; the first one replaces the random start. With decay
-    0.99 values lose half their weight in 69 calls (690 updates at ema_every = 10). decay 0: no copy is kept.
+    It goes into model.safetensors. unbiased: a weighted mean of the values seen, without the random start. At
+    decay 0.99 values lose half their weight in 69 calls (690 updates at ema_every = 10). decay 0: no copy.
     """
 
     def __init__(self, module, decay=0.99, unbiased=True):
@@ -334,14 +328,14 @@ def train(config, resume=False, interrupted=()):
         micro_batches = batches(update)
         torch.manual_seed(config.seed * 1_000_003 + update * world + rank)  # of dropout in the network
         task.prepare(update, ema)
-        losses = 0.0
+        figure_sum = 0.0        # is not finite where any figure is not
         for n, batch in enumerate(micro_batches, start=1):
             with last_only(task.forward, n == config.grad_accum) if config.grad_accum > 1 else nullcontext():
                 # 2. - 6. conditions, pattern, transformer, cross-entropy: LMModel.loss
                 loss, figures = task.loss(batch, update)
                 # 7. gradients, averaged over micro-batches and processes
                 scaler.scale(loss / config.grad_accum).backward()
-            losses = losses + sum(figures.values())
+            figure_sum = figure_sum + sum(figures.values())
             for name, value in figures.items():
                 sums[name] = sums.get(name, 0.0) + value.float()
         # 7. gradients clipped; a step of the optimizers; a step of the average
@@ -350,7 +344,8 @@ def train(config, resume=False, interrupted=()):
         norm = gradient_norm(task.module)
         whole_norm = norm.full_tensor() if config.sharding == "fsdp" else norm
         any_norm = whole_norm + gradient_norm(task.extra)
-        bad_loss, bad_norm, stop = true_anywhere(world, ~losses.isfinite(), ~any_norm.isfinite(), interrupted)
+        bad_loss, bad_norm, stop = true_anywhere(
+            world, ~figure_sum.isfinite(), ~any_norm.isfinite(), interrupted)
         # infinite gradients are routine with a scaler: it skips the update and scales less, down to 1
         if bad_loss or (bad_norm and scaler.get_scale() <= 1):
             raise not_finite_error(update, "loss" if bad_loss else "gradient", micro_batches, task)

@@ -393,6 +393,17 @@ def test_figures_of_the_language_model():
     assert_figures(losses[3], [FIGURES["own_loss"]])
 
 
+def test_order_of_the_codebooks_in_the_log_of_the_shipped_model():
+    """As docs/troubleshooting.md has it: codebook 1 is lowest after about a hundred updates, not before."""
+    lines = [json.loads(line) for line in (TINY / "metrics.jsonl").read_text().splitlines()]
+    orders = {"train": [], "valid": []}
+    for line in lines:
+        orders[line["split"]].append((line["update"], sorted(range(1, 5), key=lambda k: line[f"ce_{k}"])))
+    assert all(order == [1, 2, 3, 4] for _, order in orders["valid"])
+    assert all(order[0] == 1 for update, order in orders["train"] if update > 120)
+    assert any(order[0] != 1 for update, order in orders["train"] if update < 100)
+
+
 def test_caption_gains():
     gains = rows(section(RESULTS, "Why a small model learns to read text only with help"))
     for row, attribute in zip(gains, ("instrument", "drums", "tempo"), strict=True):
@@ -427,12 +438,14 @@ def test_results_in_readme():
 # --- numbers of the demos and of --plan -------------------------------------------------------------------
 
 def test_demo_of_the_quantizer():
-    """Half a bit a number: the error halves with every codebook, and no more."""
+    """Half a bit a number: no codebook can leave less than half of the power of Gaussian numbers."""
     result = command(lambda argv: runpy.run_path(str(ROOT / "rvq.py"), run_name="__main__"))
     worked(result)
     errors = [float(error) for error in re.findall(r"error +([\d.]+) %", result.out)]
     assert len(errors) == 6
-    assert all(0.4 < b / a < 0.55 for a, b in zip([100.0, *errors], errors)), errors
+    assert all(0.5 < b / a < 0.7 for a, b in zip([100.0, *errors], errors)), errors
+    promised = numbers(re.search(r"Expect ([\d %,]+) \.\.\. of their power", " ".join(TOUR.split()))[1])
+    assert promised == pytest.approx(errors[:3], abs=1)
 
 
 def test_demo_of_the_codec():
