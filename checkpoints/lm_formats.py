@@ -74,8 +74,8 @@ def read_tensors_for(lm, directory, origin: str, dtype) -> dict:
     for name in kinds:
         scale = scale_in_model(name)
         if scale in tensors:
-            raise UserError(f"{directory}: has a parameter {scale}, which in int8 and int4 is the name of the "
-                            f"scale of {name}; rename it, or load the model in another dtype")
+            raise UserError(f"{directory}: has a parameter {scale}, which in int8 and int4 is the name of "
+                            f"the scale of {name}; rename it, or load the model in another dtype")
         if name + SCALE in tensors:
             tensors[scale] = tensors.pop(name + SCALE)
     if rest is not None:        # norms and embeddings of a model that computes in float32
