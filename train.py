@@ -33,7 +33,7 @@ from training.finite_check import not_finite_error
 from training.log import Log
 from training.parallel import autocast, last_only, start_processes, wrap
 from training.resume import load_state, save_state
-from training.run_folder import can_resume, open_run, save_ema_model
+from training.run_folder import begin, can_resume, open_run, save_ema_model
 
 try:
     from speed import optimize_training
@@ -319,8 +319,7 @@ def train(config, resume=False, interrupted=()):
     open_run(out, task, first)
     batches = Prefetcher(task.train_data, config, rank, world)
     log = Log(out, config, first, batches)
-    if first:       # the run may have been killed between state and model, or between model and samples
-        save_ema_model(task, ema, log, first)
+    begin(task, ema, log, first)
     sums = {}       # of the figures since the last line of the log
 
     for update in range(first, total):

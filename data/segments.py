@@ -43,7 +43,7 @@ def split_of(data_dir, split: str):
     """Folder of a split, and a function that picks its part of the names in it.
 
     train/, valid/ and test/ inside data_dir are the splits. Without them every twentieth name, by its
-    checksum, is for validation and another one for testing.
+    checksum, is for validation and another one for testing: up to three of each even where that is more.
     """
     folder = Path(data_dir)
     if any((folder / name).is_dir() for name in SPLITS):
@@ -51,7 +51,7 @@ def split_of(data_dir, split: str):
 
     def part(names):
         order = sorted(names, key=lambda name: (zlib.crc32(os.fsencode(name)), name))
-        n = max(1, len(order) // 20) if len(order) >= 3 else 0
+        n = max(min(3, len(order) // 3), len(order) // 20)
         return sorted({"valid": order[:n], "test": order[n:2 * n], "train": order[2 * n:]}[split])
     return folder, part
 
@@ -102,6 +102,10 @@ class AudioCrops:
 
     def __len__(self):
         return len(self.paths)
+
+    @property
+    def names(self) -> list[str]:
+        return [path.name for path in self.paths]
 
     def item(self, rng, train: bool) -> dict:
         """One crop of segment_duration; silence follows a shorter file, another replaces a damaged one."""
@@ -179,6 +183,10 @@ class TokenSegments:
 
     def __len__(self):
         return len(self.tracks)
+
+    @property
+    def names(self) -> list[str]:
+        return [track["file"] for track in self.tracks]
 
     def item(self, rng, train: bool) -> dict:
         """A random segment; in training with its conditions augmented and dropped at random.

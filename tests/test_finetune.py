@@ -13,7 +13,7 @@ from config import Config
 from constants import flags
 from lm import LMModel
 from training.lora import inherit_architecture
-from training_runs import losses, settings, state, weights
+from training_runs import lines, losses, settings, state, weights
 
 
 def test_lora_trains_adapters_alone_and_merges_on_export(lm_run, training_data, tmp_path):
@@ -32,6 +32,15 @@ def test_lora_trains_adapters_alone_and_merges_on_export(lm_run, training_data, 
     torch.testing.assert_close(exported[f"{name}.weight"], start[f"{name}.weight"] + 8.0 * up @ down)
     assert up.abs().max() > 0 and losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
     LMModel.from_pretrained(tmp_path / "out")
+
+
+def test_tuning_tells_what_is_held_out_and_what_it_starts_from(lm_run, training_data, tmp_path, capsys):
+    train_main(flags(settings(training_data, tmp_path / "out", "lm", init_from=str(lm_run), lr=1e-9,
+                              valid_every=3, epochs=1, updates_per_epoch=3)))
+    first, last = lines(tmp_path / "out", "valid")
+    assert first["update"] == 0 and abs(first["loss"] - last["loss"]) < 1e-3
+    names = re.search(r"held out for validation: (\d+) of the recordings: (.+)", capsys.readouterr().err)
+    assert int(names[1]) == len(names[2].split(", "))
 
 
 def inherited(training_data, checkpoint, **changes) -> Config:

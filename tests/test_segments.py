@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from config import Config
-from data.segments import (TokenSegments, augment_description, collate, drop_conditions, word_dropout)
+from data.segments import (TokenSegments, augment_description, collate, drop_conditions, split_of,
+                           word_dropout)
 
 TINY = dict(sample_rate=8000, ratios=(8, 5, 4), radix2_exp=9, segment_duration=0.25)
 META = dict(description="A tune...", key="d minor", bpm=104.0, moods=["calm", "sad"], instrument="flute",
@@ -86,6 +87,15 @@ def two_tracks() -> TokenSegments:
     classes = np.repeat(np.array([3, 4], np.uint8), M)
     data.shards = [{"codes": np.zeros((T, 4), np.uint16), "chroma": classes}]
     return data
+
+
+def test_small_collections_hold_out_more_than_one_recording(tmp_path):
+    """A twentieth each for validation and testing, but three where there are so many; none is in two parts."""
+    for count, held_out in ((1, 0), (2, 0), (3, 1), (6, 2), (12, 3), (60, 3), (100, 5)):
+        names = [f"{n}.wav" for n in range(count)]
+        parts = [split_of(tmp_path, split)[1](names) for split in ("valid", "test", "train")]
+        assert [len(part) for part in parts] == [held_out, held_out, count - 2 * held_out]
+        assert sorted(sum(parts, [])) == sorted(names)
 
 
 def test_nothing_is_dropped_in_evaluation():

@@ -52,6 +52,21 @@ def open_run(out: Path, task, first: int):
     barrier()
 
 
+def begin(task, ema, log, first: int):
+    """What there is to do, and to tell, before the first update."""
+    config, held_out = task.config, task.valid_data.names
+    if first:       # the run may have been killed between state and model, or between model and samples
+        save_ema_model(task, ema, log, first)
+        return
+    if rank() == 0 and not (Path(config.data_dir) / "valid").is_dir():
+        some = ", ".join(held_out[:5]) + (", ..." if len(held_out) > 5 else "")
+        print(f"held out for validation: {len(held_out)} of the recordings"
+              f"{': ' if some else ''}{some}", file=sys.stderr)
+    if config.init_from and config.valid_every and held_out:        # what tuning starts from
+        task.module.eval()
+        log.line({"update": 0, "split": "valid", **task.validate()})
+
+
 def print_changes(old: Config, new: Config):
     """What differs from the configuration that the run began with."""
     before, now = dataclasses.asdict(old), dataclasses.asdict(new)
