@@ -43,7 +43,8 @@ def split_of(data_dir, split: str):
     """Folder of a split, and a function that picks its part of the names in it.
 
     train/, valid/ and test/ inside data_dir are the splits. Without them every twentieth name, by its
-    checksum, is for validation and another one for testing: up to three of each even where that is more.
+    checksum, is for validation and another one for testing; of few names one is for testing, and up to three,
+    but no more than a third, for validation.
     """
     folder = Path(data_dir)
     if any((folder / name).is_dir() for name in SPLITS):
@@ -51,8 +52,9 @@ def split_of(data_dir, split: str):
 
     def part(names):
         order = sorted(names, key=lambda name: (zlib.crc32(os.fsencode(name)), name))
-        n = max(min(3, len(order) // 3), len(order) // 20)
-        return sorted({"valid": order[:n], "test": order[n:2 * n], "train": order[2 * n:]}[split])
+        valid = max(min(3, len(order) // 3), len(order) // 20)
+        end = valid + max(min(1, len(order) // 3), len(order) // 20)    # of those for testing
+        return sorted({"valid": order[:valid], "test": order[valid:end], "train": order[end:]}[split])
     return folder, part
 
 

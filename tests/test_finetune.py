@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 
+import pytest
 import torch
 
 from commands import train_main
 from config import Config
 from constants import flags
 from lm import LMModel
+from train import train
 from training.lora import inherit_architecture
 from training_runs import lines, losses, settings, state, weights
 
@@ -39,8 +41,27 @@ def test_tuning_tells_what_is_held_out_and_what_it_starts_from(lm_run, training_
                               valid_every=3, epochs=1, updates_per_epoch=3)))
     first, last = lines(tmp_path / "out", "valid")
     assert first["update"] == 0 and abs(first["loss"] - last["loss"]) < 1e-3
-    names = re.search(r"held out for validation: (\d+) of the recordings: (.+)", capsys.readouterr().err)
-    assert int(names[1]) == len(names[2].split(", "))
+    told = re.findall(r"held out for (\w+): (\d+) of the recordings: (.+)", capsys.readouterr().err)
+    held_out = [name for _, _, names in told for name in names.split(", ")]
+    assert [line[:2] for line in told] == [("validation", "3"), ("testing", "1")]
+    assert len(set(held_out)) == 4
+
+
+def test_tuning_that_begins_again_leaves_one_line_of_what_it_starts_from(lm_run, training_data, tmp_path):
+    """Stopped before its first checkpoint, a run begins anew, and so does its log."""
+    config = Config(**settings(training_data, tmp_path / "out", "lm", init_from=str(lm_run), save_every=0))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupted=Killed())
+    assert [line["update"] for line in lines(config.out_dir, "valid")] == [0]
+    train(config)
+    assert [line["update"] for line in lines(config.out_dir, "valid")] == [0, 7, 14, 20]
+
+
+class Killed:
+    """Ends a run that asks whether it is to end."""
+
+    def __bool__(self):
+        raise KeyboardInterrupt
 
 
 def inherited(training_data, checkpoint, **changes) -> Config:

@@ -90,11 +90,11 @@ def two_tracks() -> TokenSegments:
 
 
 def test_small_collections_hold_out_more_than_one_recording(tmp_path):
-    """A twentieth each for validation and testing, but three where there are so many; none is in two parts."""
-    for count, held_out in ((1, 0), (2, 0), (3, 1), (6, 2), (12, 3), (60, 3), (100, 5)):
+    """A twentieth each for validation and testing, of few three and one; none is in two parts."""
+    for count, *held_out in ((1, 0, 0), (2, 0, 0), (3, 1, 1), (6, 2, 1), (12, 3, 1), (40, 3, 2), (100, 5, 5)):
         names = [f"{n}.wav" for n in range(count)]
         parts = [split_of(tmp_path, split)[1](names) for split in ("valid", "test", "train")]
-        assert [len(part) for part in parts] == [held_out, held_out, count - 2 * held_out]
+        assert [len(part) for part in parts] == [*held_out, count - sum(held_out)]
         assert sorted(sum(parts, [])) == sorted(names)
 
 

@@ -91,11 +91,11 @@ def write_data(root: Path) -> Path:
 
 
 def write_tokens(folder: Path, rng):
-    """Nine tracks of random codes and chroma. The first is too short for a segment, the sixth weighs more."""
+    """Nine tracks of random codes and chroma. The first is too short for a segment, the third weighs more."""
     tracks, codes, chroma = [], [], []
     for n in range(9):
         frames = 40 if n else 5
-        track = dict(file=f"{n}.wav", shard=0, weight=3.0 if n == 5 else 1.0)
+        track = dict(file=f"{n}.wav", shard=0, weight=3.0 if n == 2 else 1.0)
         track |= dict(codes_start=sum(map(len, codes)), frames=frames)
         track |= dict(chroma_start=sum(map(len, chroma)), chroma_frames=frames // 2)
         track |= dict(meta=dict(description=f"tune {n}", key="c major", moods=["calm"]))

@@ -54,15 +54,17 @@ def open_run(out: Path, task, first: int):
 
 def begin(task, ema, log, first: int):
     """What there is to do, and to tell, before the first update."""
-    config, held_out = task.config, task.valid_data.names
+    config = task.config
     if first:       # the run may have been killed between state and model, or between model and samples
         save_ema_model(task, ema, log, first)
         return
     if rank() == 0 and not (Path(config.data_dir) / "valid").is_dir():
-        some = ", ".join(held_out[:5]) + (", ..." if len(held_out) > 5 else "")
-        print(f"held out for validation: {len(held_out)} of the recordings"
-              f"{': ' if some else ''}{some}", file=sys.stderr)
-    if config.init_from and config.valid_every and held_out:        # what tuning starts from
+        test_data = type(task.train_data)(config, "test")
+        for purpose, data in (("validation", task.valid_data), ("testing", test_data)):
+            some = ", ".join(data.names[:5]) + (", ..." if len(data) > 5 else "")
+            print(f"held out for {purpose}: {len(data)} of the recordings{': ' if some else ''}{some}",
+                  file=sys.stderr)
+    if config.init_from and config.valid_every and len(task.valid_data) > 0:    # what tuning starts from
         task.module.eval()
         log.line({"update": 0, "split": "valid", **task.validate()})
 
@@ -76,9 +78,9 @@ def print_changes(old: Config, new: Config):
 
 
 def cut_metrics(path: Path, first: int):
-    """Leaves the lines up to an update: what came after it is done again."""
+    """Leaves the lines up to an update: what came after it is done again. A run that begins has none."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    kept = [line + "\n" for line in lines if update_of(line) <= first]
+    kept = [line + "\n" for line in lines if first and update_of(line) <= first]
     write_atomic(path, "".join(kept).encode())
 
 
