@@ -254,6 +254,8 @@ class LMTraining:
         self.train_data = TokenSegments(config, "train")
         self.valid_data = TokenSegments(config, "valid")
         self.codec = EncodecModel.from_pretrained(config.codec)     # is saved with the model
+        for data in (self.train_data, self.valid_data):
+            data.check_codec(self.codec)
         self.module = LMModel(config)
         self.extra = nn.ModuleDict()
         if config.init_from:

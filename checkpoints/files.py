@@ -169,6 +169,14 @@ def version_of(directory) -> str:
         return hashlib.sha256(file.read()).hexdigest()[:8]
 
 
+def weights_sha256(module) -> str:
+    """The checksum of all tensors of a module on the CPU and of their names."""
+    checksum = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        checksum.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return checksum.hexdigest()
+
+
 def _tensors_of(path, prefix: str):
     """Of a safetensors file only what is under prefix: a codec need not read the language model beside it.
 

@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import itertools
 import json
 import math
@@ -46,6 +45,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
+from checkpoints.files import weights_sha256
 from chroma import ChromaExtractor
 from config import Config, load
 from data.audio import LOUD, read_audio, warn_once
@@ -367,15 +367,12 @@ def resolve_settings(args) -> tuple[Config, EncodecModel, dict]:
         if value != of_codec:
             raise UserError(f"{key} = {value}, but the codec {config.codec} has {of_codec}: change one of "
                             f"the two")
-    weights = hashlib.sha256()
-    for name, tensor in sorted(codec.state_dict().items()):
-        weights.update(name.encode() + tensor.contiguous().numpy().tobytes())
     settings = dict(
         version=1, sample_rate=codec.sample_rate, channels=config.channels, n_q=config.n_q, card=config.card,
         stride=codec.stride, frame_rate=codec.frame_rate, n_chroma=config.n_chroma,
         radix2_exp=config.radix2_exp, hop=config.hop, harmonic_sum=config.harmonic_sum,
         stem=pick_stem(config.stem),
-        codec_sha256=weights.hexdigest(), codec=config.codec)
+        codec_sha256=weights_sha256(codec), codec=config.codec)
     return config, codec, settings
 
 

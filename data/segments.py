@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 if __name__ == "__main__":  # the demo: find the project
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoints.files import weights_sha256
 from config import Config
 from data.audio import read_audio, seconds_of
 from data.captions import clean, is_recording, walk
@@ -142,6 +143,7 @@ class TokenSegments:
         self.stride, self.hop = config.stride, config.hop               # samples per code frame, chroma frame
         self.T, self.M = config.segment_frames, config.chroma_frames
         self.grid = math.lcm(self.stride, self.hop)                     # samples
+        self.index = {}
         self.curves = ("chroma",)                                       # of those that were prepared
         folder, part = split_of(config.data_dir, split)
         if split != "train" and not folder.exists():
@@ -162,7 +164,8 @@ class TokenSegments:
         if not (folder / "index.json").is_file():
             raise UserError(f"data_dir = {config.data_dir!r}: {folder} has no index.json; data/prepare.py "
                             f"makes it")
-        index = read_json(folder / "index.json")
+        self.folder, self.index = folder, read_json(folder / "index.json")
+        index = self.index
         for key in ("n_q", "card", "stride", "sample_rate", "channels", "n_chroma", "radix2_exp"):
             if index.get(key) != getattr(config, key):
                 raise UserError(f"{folder}: prepared with {key} = {index.get(key)}, the configuration says "
@@ -182,6 +185,13 @@ class TokenSegments:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{folder}: index and shards do not fit ({error!r:.200}); prepare it "
                             f"again") from None
+
+    def check_codec(self, codec):
+        """Raises UserError where the tokens are known to be another codec's: its codes mean other sounds."""
+        if self.index.get("codec_sha256") not in (None, weights_sha256(codec)):
+            raise UserError(f"{self.folder}: prepared with another codec ({self.index.get('codec')!r:.200}) "
+                            f"than codec = {self.config.codec!r}; train with --codec=DIR, that codec's "
+                            f"folder, or prepare it again with --codec {self.config.codec}")
 
     def __len__(self):
         return len(self.tracks)

@@ -9,13 +9,16 @@ import shutil
 import pytest
 import torch
 
+from checkpoints.files import weights_sha256
 from commands import train_main
 from config import Config
 from constants import flags
+from encodec import EncodecModel
 from lm import LMModel
+from system.errors import UserError
 from train import train
 from training.lora import inherit_architecture
-from training_runs import lines, losses, settings, state, weights
+from training_runs import CODEC_RUN, lines, losses, settings, state, weights
 
 
 def test_lora_trains_adapters_alone_and_merges_on_export(lm_run, training_data, tmp_path):
@@ -62,6 +65,38 @@ class Killed:
 
     def __bool__(self):
         raise KeyboardInterrupt
+
+
+def test_a_codec_that_is_asked_for_is_the_one_that_is_tuned_with(lm_run, training_data, tmp_path):
+    """Without --codec it is the checkpoint's, even where a file for training anew names another."""
+    torch.manual_seed(1)
+    EncodecModel(Config(**CODEC_RUN | dict(kmeans_iters=0))).save(tmp_path / "tuned")
+    (tmp_path / "file.py").write_text(f"codec = '{training_data}/codec'")
+    values = settings(training_data, "out", "lm", init_from=str(lm_run), epochs=1, updates_per_epoch=1)
+    del values["codec"]
+    for name, asked, source in (("a", [f"--codec={tmp_path / 'tuned'}"], tmp_path / "tuned"),
+                                ("b", [], lm_run / "codec")):
+        train_main([str(tmp_path / "file.py"), *flags(values, out_dir=tmp_path / name), *asked])
+        assert Config.from_json(tmp_path / name / "config.json").codec == str(source)
+        found, wanted = (weights(folder) for folder in (tmp_path / name / "codec", source))
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_tokens_of_another_codec_are_refused(training_data, tmp_path):
+    """Whether the codec is read from its own folder or from that of a model, its checksum is the same."""
+    shutil.copytree(training_data / "tokens", tmp_path / "tokens")
+    path = tmp_path / "tokens" / "index.json"
+    checksum = weights_sha256(EncodecModel.from_pretrained(training_data / "codec"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(codec="my/codec", codec_sha256=checksum)))
+    values = settings(training_data, tmp_path / "a", "lm", data_dir=str(tmp_path / "tokens"), epochs=1,
+                      updates_per_epoch=1)
+    train(Config(**values))
+    train(Config(**values | dict(codec=str(tmp_path / "a" / "codec"), out_dir=str(tmp_path / "b"))))
+    torch.manual_seed(1)
+    EncodecModel(Config(**CODEC_RUN | dict(kmeans_iters=0))).save(tmp_path / "tuned")
+    with pytest.raises(UserError, match="another codec .'my/codec'.*tuned.*train with --codec=DIR.*prepare"):
+        train(Config(**values | dict(codec=str(tmp_path / "tuned"), out_dir=str(tmp_path / "c"))))
+    assert not (tmp_path / "c").exists()
 
 
 def inherited(training_data, checkpoint, **changes) -> Config:

@@ -32,7 +32,8 @@ def main(train, argv: list[str]):
     if split not in SPLITS:
         raise UserError(f"--split={split}: must be one of {', '.join(SPLITS)}")
     if config.init_from:
-        config = inherit_architecture(config)
+        asked = any(setting.startswith("--codec=") for setting in settings)
+        config = inherit_architecture(config, config.codec if asked else "")
     if "--plan" in flags:
         return plan(config, processes_to_plan(flags["--plan"]), device_memory(config))
     if "--eval" in flags:

@@ -19,8 +19,11 @@ from encodec import EncodecModel
 from system.errors import UserError
 
 
-def inherit_architecture(config: Config) -> Config:
-    """The configuration with the architecture of its init_from; how to train remains its own."""
+def inherit_architecture(config: Config, codec: str = "") -> Config:
+    """The configuration with the architecture of its init_from; how to train remains its own.
+
+    codec: one that is asked for in place of the checkpoint's, as it was tuned too.
+    """
     if config.task == "codec":
         source = EncodecModel.from_pretrained(config.init_from).config
     else:
@@ -32,7 +35,8 @@ def inherit_architecture(config: Config) -> Config:
         if (directory / "codec").is_dir():
             source = dataclasses.replace(source, codec=str(directory / "codec"))
     source.chroma_length = source.chroma_frames     # melodies keep their length, whatever segment_duration is
-    return dataclasses.replace(config, **{key: getattr(source, key) for key in INHERITED})
+    inherited = {key: getattr(source, key) for key in INHERITED}
+    return dataclasses.replace(config, **inherited | ({"codec": codec} if codec else {}))
 
 
 class LoRA(nn.Module):
