@@ -115,8 +115,16 @@ def melody_chroma(model, args, melody, notes, lead: float):
     wav = read_audio(melody, model.sample_rate, 1, duration=seconds + 10)
     with naming(f"--melody {melody}"):
         chroma = model.melody_chroma(again(wav, model.sample_rate, seconds), stem=args.stem)
-    frames = torch.from_numpy(np.round(time * rate)).long()
-    return chroma[frames.clamp(max=len(chroma) - 1)]
+    return at_times(chroma, time, rate)
+
+
+def at_times(chroma, time, rate: float):
+    """Chroma (M, Q) of a recording, `rate` frames a second -> its frames at times (s): each loop has each once.
+
+    Half a frame is always rounded down: to even, frames would come twice and others never.
+    """
+    frames = np.floor(time * rate + 0.5 - 1e-3).astype(int)
+    return chroma[torch.from_numpy(frames).clamp(max=len(chroma) - 1)]
 
 
 def again(wav, rate: int, seconds: float):

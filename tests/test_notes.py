@@ -21,7 +21,7 @@ from data.render import load_tunes, render_tune
 from data.scores import MAX_BYTES, read_notes
 from sample import MusicGen
 from sampling.loops import lead_of, loop_times, make_loop, seam
-from sampling.melodies import again
+from sampling.melodies import again, at_times
 from system.errors import UserError
 
 CONFIG = Config(sample_rate=16000, radix2_exp=13)
@@ -390,6 +390,19 @@ def test_the_measure_of_a_seam_finds_a_cut():
     assert there < 1.1 * elsewhere
     there, elsewhere = seam(whole[:, :-7], 8000)["click"]
     assert there > 3 * elsewhere
+
+
+@pytest.mark.parametrize("length", [8.0, 7.9, 4.032, 8.06])
+def test_a_loop_has_each_frame_of_a_recording_once(length):
+    """... in order, whatever fraction of a frame its length has."""
+    rate = CONFIG.sample_rate / CONFIG.hop                              # 7.8125; 8 s are 62.5 frames
+    lead = lead_of(length, rate)
+    time = loop_times(np.arange(int((lead + length) * rate) + 1) / rate, lead, length)
+    frames = torch.arange(100.0)[:, None]
+    places = at_times(frames, time, rate)[:, 0]
+    steps = places.diff()
+    assert (steps < 0).sum() == 1 and (steps[steps > 0] == 1).all() and (steps != 0).all()
+    assert int((places == 0).sum()) <= 1 and abs(places - torch.from_numpy(time * rate)).max() < 0.51
 
 
 def test_a_loop_of_the_shipped_model_has_no_seam():
