@@ -119,7 +119,7 @@ def melody_chroma(model, args, melody, notes, lead: float):
 
 
 def at_times(chroma, time, rate: float):
-    """Chroma (M, Q) of a recording, `rate` frames a second -> its frames at times (s): each loop has each once.
+    """Chroma (M, Q) of a recording, `rate` frames a second -> its frames at times (s); a loop has each once.
 
     Half a frame is always rounded down: to even, frames would come twice and others never.
     """

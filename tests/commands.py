@@ -87,9 +87,9 @@ class Result(NamedTuple):
 
     @property
     def sentences(self) -> list[str]:
-        """What was said on stderr, progress bars and notes of the mp3 library aside."""
+        """What was said on stderr, progress bars, notes of the mp3 library and what is held out aside."""
         lines = [line.strip() for line in re.split(r"[\r\n]", self.err)]
-        progress = re.compile(r"^Note: |\d/\d+ \[|it/s|frame/s|file/s")
+        progress = re.compile(r"^Note: |^held out for |\d/\d+ \[|it/s|frame/s|file/s")
         return [line for line in lines if line and not progress.search(line)]
 
 

@@ -22,7 +22,7 @@ def test_codec_trains_and_writes_a_codec(codec_run):
     valid = lines(codec_run, "valid")[-1]
     assert len(valid["entropy"]) == len(valid["live"]) == 2 and abs(valid["kbps"] - 2 * 4 * 0.2) < 1e-6
     files = {path.name for path in (codec_run / "samples").iterdir()}
-    assert files == {"0_original.wav", "0_update0000020.wav"}
+    assert files == {f"{n}_{of}.wav" for n in (0, 1) for of in ("original", "update0000020")}
 
 
 def test_codec_run_on_two_processes_equals_one(codec_run, two_processes):
