@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data.segments import Prefetcher, TokenSegments, get_batch
+from data.segments import Prefetcher, TokenSegments, check_codec, get_batch
 from encodec import EncodecModel
 from lm import LMModel
 from system.devices import torch_defaults
@@ -254,8 +254,8 @@ class LMTraining:
         self.train_data = TokenSegments(config, "train")
         self.valid_data = TokenSegments(config, "valid")
         self.codec = EncodecModel.from_pretrained(config.codec)     # is saved with the model
-        for data in (self.train_data, self.valid_data):
-            data.check_codec(self.codec)
+        splits = self.train_data, self.valid_data
+        check_codec(self.codec, *splits)
         self.module = LMModel(config)
         self.extra = nn.ModuleDict()
         if config.init_from:

@@ -131,6 +131,16 @@ class AudioCrops:
 
 # --- for the language model: segments of prepared tracks --------------------------------------------------
 
+def check_codec(codec, *splits):
+    """Raises UserError where the tokens of TokenSegments are known to be another codec's: other sounds."""
+    checksum = weights_sha256(codec)
+    for data in splits:
+        if data.index.get("codec_sha256") not in (None, checksum):
+            raise UserError(f"{data.folder}: prepared with another codec ({data.index.get('codec')!r:.200}) "
+                            f"than codec = {data.config.codec!r}; train with --codec=DIR, that codec's "
+                            f"folder, or prepare it again with --codec {data.config.codec}")
+
+
 class TokenSegments:
     """Random segments of the tracks that data/prepare.py prepared, read from its memory-mapped shards.
 
@@ -185,13 +195,6 @@ class TokenSegments:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{folder}: index and shards do not fit ({error!r:.200}); prepare it "
                             f"again") from None
-
-    def check_codec(self, codec):
-        """Raises UserError where the tokens are known to be another codec's: its codes mean other sounds."""
-        if self.index.get("codec_sha256") not in (None, weights_sha256(codec)):
-            raise UserError(f"{self.folder}: prepared with another codec ({self.index.get('codec')!r:.200}) "
-                            f"than codec = {self.config.codec!r}; train with --codec=DIR, that codec's "
-                            f"folder, or prepare it again with --codec {self.config.codec}")
 
     def __len__(self):
         return len(self.tracks)
