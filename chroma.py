@@ -6,7 +6,7 @@ A chromagram adds up the energy of each pitch class over all octaves. Unreduced 
 recording, so only the strongest class of each frame is kept ("argmax"): an information bottleneck that leaves
 the tune and hides the instrument. Frame m is centered at sample m * hop. At 32 kHz a window of 2^14 samples
 lasts half a second, and a hop of a quarter of that gives 7.8 frames per second. In a bright sound the class
-a fifth above is often the strongest: our tiny model is given `harmonic_sum` of data/stems.py instead.
+a fifth above is often the strongest: our tiny model is given `heard_notes` of data/stems.py instead.
 
     python chroma.py [FILE]     # draws a scale (or the first 30 s of FILE) before and after argmax
 """

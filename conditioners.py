@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoints.t5 import SMALL_T5, T5_WIDTHS, load_t5, load_tokenizer, small_t5, t5_config
+from checkpoints.t5 import LISTED, SMALL_T5, T5_WIDTHS, load_t5, load_tokenizer, small_t5, t5_config, word_id
 from config import Config
 
 
@@ -74,7 +74,7 @@ class T5Conditioner(nn.Module):
 
     T5 itself comes from transformers. Frozen, it is no part of this module's parameters or state: its name in
     the configuration is enough. With `t5_finetune`, or as a small T5 of our own, it is trained along. A T5 of
-    our own reads "bytes", or "words": those of `t5_words`, with one token for all others.
+    our own reads "bytes", or "words": those of `t5_words`, with a few tokens for all others.
     """
 
     def __init__(self, config):
@@ -82,7 +82,7 @@ class T5Conditioner(nn.Module):
         self.name = config.t5
         self.trained = config.t5_finetune or config.t5 in SMALL_T5
         words = config.t5_words.split()
-        self.words = {word: n for n, word in enumerate(words, start=3)}
+        self.words = {word: n for n, word in enumerate(words, start=LISTED)}
         self.frozen = []            # [T5] once loaded: a list hides it from parameters() and state_dict()
         self._tokenizer = None
         if config.t5 in SMALL_T5:
@@ -117,14 +117,14 @@ class T5Conditioner(nn.Module):
         return inputs["input_ids"], inputs["attention_mask"].bool()
 
     def tokenize_small(self, texts):
-        """For a T5 of our own: 0 padding, 1 end; byte + 3 as ByT5, or 2 an unknown word, 3 the first one."""
+        """For a T5 of our own: 0 padding, 1 end; byte + 3 as ByT5, or `word_id`."""
         rows = []
         for text in texts:
             if self.name == "bytes":
                 ids = [byte + 3 for byte in text.encode()]
             else:
                 words = re.findall(r"\w+|[^\w\s]+", text.lower())
-                ids = [self.words.get(word, 2) for word in words]
+                ids = [word_id(word, self.words) for word in words]
             ids = ids[:511] + [1]
             rows.append(torch.tensor(ids))
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -168,9 +168,9 @@ class ChromaConditioner(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.null = config.null_melody
-        self.shape = config.chroma_frames, config.n_chroma                  # M, Q
+        self.shape = config.chroma_frames, config.melody_classes            # M, Q
         self.hop = config.hop / config.stride                               # columns per chroma frame
-        self.proj = nn.Linear(config.n_chroma, config.dim)
+        self.proj = nn.Linear(config.melody_classes, config.dim)
 
     def forward(self, melodies):
         """B chroma (M, Q), or None where an item has no melody -> Frames: values (B, M, D), mask, times."""

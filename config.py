@@ -80,7 +80,7 @@ class Config:
     melody: str = architecture("prepend", "how the melody enters the language model", choices=FUSIONS)
     n_chroma: int = architecture(12, "Q, pitch classes", most=1024)
     radix2_exp: int = architecture(14, "the window has 2 ** radix2_exp samples", least=4, most=20)
-    harmonic_sum: bool = architecture(False, "notes by their harmonics, not by chroma: data/stems.py")
+    melody_form: str = architecture("chroma", "what a model is told; notes: ours", choices="chroma notes")
     stem: str = setting("auto", "that chroma is taken from", choices="auto none hpss demucs")
     n_eval_wavs: int = setting(100, "tracks whose melodies evaluation uses, each for another track")
     melody_dropout: float = fraction(0.5, "share of items trained without their melody")
@@ -91,7 +91,7 @@ class Config:
     text: str = architecture("prepend", "how the text enters the language model", choices=FUSIONS)
     t5: str = architecture("t5-base", "a hub id or directory; bytes or words: a small T5, trained along")
     t5_finetune: bool = architecture(False, "train T5 too; a small T5 always is")
-    t5_words: str = architecture("", "vocabulary of t5 = words, with blanks between; others share an entry")
+    t5_words: str = architecture("", "vocabulary of t5 = words, with blanks between; others share eight")
     t5_dim: int = architecture(128, "width of a small T5")
     t5_layers: int = architecture(2, "of a small T5", most=1024)
     t5_heads: int = architecture(4, "of a small T5", most=1024)
@@ -155,17 +155,18 @@ class Config:
     msspec: float = amount(2.0, "weight of the multi-scale mel loss")
     adv: float = amount(4.0, "weight of the adversarial loss; adv and feat 0: no discriminator")
     feat: float = amount(4.0, "weight of feature matching")
+    log_mel: float = amount(0.0, "weight of the L1 loss of log-mel spectrograms; not in audiocraft's recipe")
     sc: float = amount(0.0, "weight of spectral convergence; not in audiocraft's recipe")
     commit: float = amount(1.0, "weight of the commitment loss, outside the balancer")
     n_mels: int = setting(64, "mel bands", most=1024)
     mel_range: Ints = setting((6, 11), "windows of 2 ** 6 ... 2 ** 10 samples", most=20)
     mel_floor: float = setting(1e-5, "added before the logarithm")
+    mel_floor_start: float = amount(0.0, "above 0: mel_floor of the first update, which then falls")
     balancer: bool = setting(True, "balance gradients: EnCodec, equation 5")
     balancer_decay: float = setting(0.999, "of the averaged norms of gradients", most=1)
     disc_filters: int = setting(32, "channels of the discriminator", most=65_536)
     disc_windows: Ints = setting((1024, 2048, 512, 256, 128), "samples", least=16, most=2 ** 20)
-    unquantised_steps: int = amount(0, "first updates, without the quantizer; not in audiocraft")
-    decoder_only_steps: int = amount(0, "last updates, with frozen codes; not in audiocraft")
+    unquantised: float = fraction(0.0, "share of the run before the quantizer starts; not in audiocraft")
 
     # --- sampling (sample.py) ------------------------------------------------------------------------------
     top_k: int = amount(250, "likeliest entries that sampling chooses from; 0: all")
@@ -180,6 +181,7 @@ class Config:
     hop = property(lambda c: 2 ** c.radix2_exp // 4)                    # samples a chroma frame: 1/4 window
     chroma_frames = property(                                           # M, of every melody prefix
         lambda c: c.chroma_length or int(c.segment_duration * c.sample_rate) // c.hop + 1)
+    melody_classes = property(lambda c: c.n_chroma * (1 if c.melody_form == "chroma" else 4))      # Q
     total_updates = property(lambda c: c.epochs * c.updates_per_epoch)
 
     def __post_init__(self):
@@ -266,11 +268,14 @@ def known(values: dict, where) -> dict:
 
 def without_former_keys(values: dict, where) -> dict:
     """The values of a config.json without the keys that only former versions had."""
-    values = dict(values)
+    former = "unquantised_steps", "decoder_only_steps"
+    values = {key: values[key] for key in values if key not in former}
     if not values.pop("kmeans_init", True):
         values["kmeans_iters"] = 0
     if not values.pop("argmax", True):
         raise UserError(f"{where}: argmax = false: melodies are one-hot, as in training; delete the key")
+    if values.pop("harmonic_sum", False):
+        raise UserError(f"{where}: harmonic_sum = true: melodies are told in another form now; train anew")
     return values
 
 

@@ -208,14 +208,17 @@ class EncodecModel(nn.Module):
         if self.channels == 1 and wav.ndim == 3 and wav.shape[1] == 2:
             sides = torch.cat([wav[:, :1], wav[:, 1:]])
             left_right = self.encode(sides, n_q).chunk(2)
-            return torch.stack(left_right, 2).flatten(1, 2)                 # (B, K, 2, T) -> (B, 2 K, T)
+            codes = torch.stack(left_right, 2)                              # (B, K, 2, T)
+            return codes.flatten(1, 2)                                      # (B, 2 K, T)
         pieces = self._checked(wav).split(PIECE * self.stride, -1)
-        return torch.cat(list(self.encode_stream(pieces, n_q)), -1)
+        codes = list(self.encode_stream(pieces, n_q))
+        return torch.cat(codes, -1)
 
     def decode(self, codes):
         """codes (B, K, T) -> wav (B, C, T * stride). A mono codec: also (B, 2 K, T) -> (B, 2, T * stride)."""
         pieces = codes.split(PIECE, -1)
-        return torch.cat(list(self.decode_stream(pieces)), -1)
+        waves = list(self.decode_stream(pieces))
+        return torch.cat(waves, -1)
 
     def latents(self, codes):
         """codes (B, K, T) -> the sum of their entries (B, Z, T), which the decoder reads"""
@@ -253,11 +256,6 @@ class EncodecModel(nn.Module):
         if wav.ndim != 3 or wav.shape[1] != self.channels or wav.shape[2] == 0:
             raise UserError(f"a wave {tuple(wav.shape)}: this codec takes (batch, {self.channels}, samples)")
         return wav
-
-    def freeze_encoder(self, frozen):
-        """Says, after `train()`, whether encoder and codebooks stay as they are or learn with the decoder."""
-        self.encoder.train(not frozen).requires_grad_(not frozen)
-        self.quantizer.train(not frozen)
 
     def fold(self):
         """Turns weight norm into plain weights, once and for good: faster, same output. For inference."""

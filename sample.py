@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from chroma import ChromaExtractor, match_length
 from data.audio import LOUD
 from data.notes import Notes
-from data.stems import as_descriptions, as_wave, as_waves, harmonic_sum, joint_waves, separate
+from data.stems import as_descriptions, as_wave, as_waves, heard_notes, joint_waves, separate
 from encodec import PIECE
 from sampling.loading import check_codec, load_models
 from system.devices import device_of, inference, inference_steps
@@ -112,8 +112,8 @@ class MusicGen:
             return melody.chroma(self.config, self.MAX_DURATION + self.config.segment_duration)
         wav = as_wave(melody, sample_rate, self.sample_rate, "melody")
         wav = separate(wav, self.sample_rate, stem or self.config.stem)         # (1, L)
-        if self.config.harmonic_sum:
-            return harmonic_sum(wav, self.config)[0]
+        if self.config.melody_form == "notes":
+            return heard_notes(wav, self.config)[0]
         extract = ChromaExtractor(self.sample_rate, self.config.n_chroma, self.config.radix2_exp)
         return extract(wav)[0]
 

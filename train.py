@@ -43,8 +43,7 @@ except ImportError:     # without speed/, layers and DAdaptAdam run as they are 
 # === the learning rate and the optimizer ==================================================================
 
 def cosine_lr(update, total, warmup, lr_min_ratio=0.0, cycle_length=1.0):
-    """The factor on the learning rate: linear warm-up, then a cosine. With cycle_length < 1 that climbs again
-    past its minimum, as audiocraft's does."""
+    """The factor on the learning rate: linear warm-up, then a cosine. cycle_length < 1: it climbs again."""
     if update < warmup:
         return update / warmup
     if update > total:
@@ -250,7 +249,8 @@ class LMTraining:
     """The language model on prepared tokens. (training/codec.py has the same methods for the codec.)"""
 
     def __init__(self, config, device, rank=0, world=1):
-        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.config, self.device = config, device
+        self.rank, self.world = rank, world
         self.train_data = TokenSegments(config, "train")
         self.valid_data = TokenSegments(config, "valid")
         self.codec = EncodecModel.from_pretrained(config.codec)     # is saved with the model
@@ -270,9 +270,6 @@ class LMTraining:
                 layer.compile()
         self.forward = wrap(LMLoss(self.module), config, self.module.layers)
         self.autocast = autocast(device, config.dtype)
-
-    def prepare(self, update, ema):
-        self.module.train()
 
     def loss(self, batch, update):
         """A batch -> (cross-entropy to call backward on, {name: number to log})."""
@@ -328,7 +325,7 @@ def train(config, resume=False, interrupted=()):
         # 1. segments of music: codes (B, K, T); texts; melodies (M, Q)
         micro_batches = batches(update)
         torch.manual_seed(config.seed * 1_000_003 + update * world + rank)  # of dropout in the network
-        task.prepare(update, ema)
+        task.module.train()
         figure_sum = 0.0        # is not finite where any figure is not
         for n, batch in enumerate(micro_batches, start=1):
             with last_only(task.forward, n == config.grad_accum) if config.grad_accum > 1 else nullcontext():

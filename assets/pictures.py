@@ -8,6 +8,7 @@ Every picture is a function and makes assets/NAME.png. Those of the trained mode
 checkpoints/tiny; `python assets/pictures.py model` draws these again. Nothing is picked: what is shown are
 the first command of README, and the first clips of the test split of data/tunes.py with its default seed.
 """
+import dataclasses
 import functools
 import io
 import json
@@ -26,9 +27,12 @@ sys.path.insert(0, str(ROOT))  # the project, wherever this is called from
 import patterns
 import train
 from chroma import PITCH_CLASSES, ChromaExtractor, match_length
-from config import load
+from config import Config, load
 from data import prepare, render, tunes
 from data.audio import read_audio
+from data.describe import sidecar
+from data.notes import pitch_classes
+from data.segments import SPLITS
 from data.stems import separate
 from encodec import EncodecModel
 from evaluation.metrics import chroma_agreement
@@ -55,11 +59,11 @@ TUNE = ROOT / "assets" / "ode_to_joy.wav"
 def clip(index: int, seconds: float = 12):
     """Test clip `index` of data/tunes.py -> mix (L,), melody alone (L,), caption, what was rendered."""
     tune = render.tunes_of("test")[index]
-    seed = [0, render.SPLITS.index("test"), index]
+    seed = [0, SPLITS.index("test"), index]
     words, rng = np.random.default_rng([*seed, 0]), np.random.default_rng([*seed, 1])
     truth = render.draw_truth(tune, rng)
-    caption = render.sidecar(tune, truth, words)["description"]
-    mix, melody = render.render_truth(tune, truth, seconds, RATE, rng)
+    caption = sidecar(tune, truth, words)["description"]
+    mix, melody = render.render_clip(tune, truth, seconds, RATE, rng)
     return torch.from_numpy(mix), torch.from_numpy(melody), caption, truth
 
 
@@ -88,10 +92,10 @@ def eight():
     captions, config = [clip(n)[2] for n in range(8)], model().config
     melodies = []
     for n in range(8):
-        own = chroma(clip((n + 1) % 8)[1], argmax=True)
+        own = model().melody_chroma(clip((n + 1) % 8)[1], stem="none")
         melodies.append(match_length(own[None], config.chroma_frames)[0])
     codes = model().generate_codes(captions, melodies, duration=config.segment_duration)
-    return captions, torch.stack(melodies), model().decode(codes)
+    return captions, pitch_classes(torch.stack(melodies), 12), model().decode(codes)
 
 
 def chroma(wav, argmax=False):
@@ -333,7 +337,7 @@ def draw_encoding(page):
 def output():
     """What README's first command makes: the melody asked for, and the spectrogram of the music."""
     codes, wav = first_command()
-    asked = model().melody_chroma(read_audio(TUNE, RATE, 1), stem="hpss")
+    asked = pitch_classes(model().melody_chroma(read_audio(TUNE, RATE, 1), stem="hpss"), 12)
     asked = match_length(asked[None], math.ceil(10 * RATE / 2048))[0]
     fig, (top, bottom) = figure(11, 4.6, 2, 1, height_ratios=(1, 2.6), sharex=True)
     draw_chroma(top, asked, 10, f"asked for: the pitch classes of Ode to Joy, and “{TEXT}”")
@@ -437,11 +441,16 @@ def draw_regions(axes, entries, chosen, center, reach):
     axes.spines[:].set_visible(False)
 
 
+def audible() -> Config:
+    """The codec's configuration with the floor that its training starts from: silence has no color."""
+    return dataclasses.replace(codec().config, mel_floor=codec().config.mel_floor_start)
+
+
 def draw_distances(axes):
     """Mel distance of eight test clips from their reconstructions with 1 to 4 codebooks."""
     music = torch.stack([clip(n)[0][:10 * RATE] for n in range(8)])[:, None]
     codes = codec().encode(music)
-    left = [float(mel_loss(codec().config, music, codec().decode(codes[:, :k]))) for k in range(1, 5)]
+    left = [float(mel_loss(audible(), music, codec().decode(codes[:, :k]))) for k in range(1, 5)]
     axes.bar(range(1, 5), left, color=BOOKS, width=0.7)
     axes.set_ylim(0, 1.15 * left[0])
     for k, value in enumerate(left, 1):
@@ -459,7 +468,7 @@ def codebooks():
     draw_spectrogram(axes[0], wav, top=top, title="Ode to Joy, 256 kb/s")
     for k in range(1, 5):
         output = codec().decode(codes[:, :k])[0, 0, :len(wav)]
-        distance = float(mel_loss(codec().config, wav[None, None], output[None, None]))
+        distance = float(mel_loss(audible(), wav[None, None], output[None, None]))
         image = axes[k].imshow(mel_errors(wav, output), origin="lower", aspect="auto", vmin=0, vmax=0.6,
                                cmap=paper_to("#8a1f10"), extent=(0, seconds, mel(64), mel(RATE / 2)))
         axes[k].set_title(f"{k} codebook{'s' * (k > 1)}, {k * codec().bandwidth:.2f} kb/s:\n"
@@ -474,7 +483,7 @@ def codebooks():
 
 def mel_errors(wav, output, n_fft=1024):
     """Two waves (L,) -> (n_mels, frames), whose mean is one window's part of the mel distance."""
-    config = codec().config
+    config = audible()
     filters = mel_filters(n_fft, RATE, config.n_mels, "cpu")
     x, y = (power_spectrogram(w[None, None], n_fft)[0, 0].mT @ filters for w in (wav, output))
     log_x, log_y = (x + config.mel_floor).log10(), (y + config.mel_floor).log10()
@@ -527,15 +536,18 @@ def attention_weights():
     for layer in lm.layers:
         layer.attn.register_forward_pre_hook(look)
     codes = codec().encode(mix[None, None, :L])
-    asked = match_length(chroma(alone, argmax=True)[None], M)
+    asked = match_length(model().melody_chroma(alone, stem="none")[None], M)
     lm.compute_predictions(codes, lm.conditioner({"text": [caption], "melody": [asked[0]]}))
     P = seen[0].shape[-1] - codes.shape[-1] - 1
     return torch.stack(seen)[:, :, P:, :M]
 
 
 def training():
-    """Cross-entropy of each codebook over the run that made checkpoints/tiny: its metrics.jsonl."""
-    lines = [json.loads(line) for line in (DEFAULT_CHECKPOINT / "metrics.jsonl").read_text().splitlines()]
+    """Cross-entropy of each codebook over the two trainings that made checkpoints/tiny, in their order."""
+    start, lines = ([json.loads(line) for line in (DEFAULT_CHECKPOINT / name).read_text().splitlines()]
+                    for name in ("start_metrics.jsonl", "metrics.jsonl"))
+    switch = start[-1]["update"]
+    lines = start + [line | {"update": switch + line["update"]} for line in lines]
     uniform = math.log(model().config.card)
     fig, axes = figure(11, 4.2, 1, 1)
     for k in range(4):
@@ -550,7 +562,10 @@ def training():
     axes.axhline(uniform, color=FAINT, linestyle=":", linewidth=1)
     axes.text(axes.get_xlim()[1], uniform, f"ln {model().config.card}, all codes alike ", ha="right",
               va="bottom", size=8, color=FAINT)
-    title = "the run that made checkpoints/tiny (lines: training, with its dropouts; dots: validation)"
+    axes.axvline(switch, color=FAINT, linestyle=":", linewidth=1)
+    axes.text(switch, uniform - 0.1, " 10.24 s", va="top", size=8, color=FAINT)
+    axes.text(switch, uniform - 0.1, "segments of 2.56 s ", ha="right", va="top", size=8, color=FAINT)
+    title = "how checkpoints/tiny was trained (lines: training, with its dropouts; dots: validation)"
     axes.set(xlabel="update", ylabel="cross-entropy, nats", title=title)
     axes.legend(ncols=4, loc="upper center")
     save(fig, "training")

@@ -357,6 +357,8 @@ def check_exportable(c: Config):
     needed = dict(text="prepend" if melody else "cross", melody="prepend" if melody else "none",
                   positional_embedding="sin", qk_layer_norm=False, positional_scale=1.0, max_period=10000.0,
                   pattern="delay", delays=tuple(k // c.channels for k in range(c.n_q)))
+    if melody:
+        needed["melody_form"] = "chroma"
     for name, value in needed.items():
         if getattr(c, name) != value:
             raise UserError(f"transformers has no {name} = {getattr(c, name)!r} (only {value!r}), so this "

@@ -4,6 +4,7 @@
 
 Also the small T5 of the tiny models: transformers' class with random weights, over bytes or listed words.
 """
+import zlib
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from system.errors import UserError, as_user_error
 from system.files import read_json
 
 SMALL_T5 = ("bytes", "words")       # names of the small ones, which are trained along
+LISTED = 10     # a small T5's id of the first listed word; 0 padding, 1 end, 2 ... 9 all others
 # one table, of which a file may keep any of the names: the decoder's is tied to it, too
 EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 VOCABULARIES = ("tokenizer.json", "spiece.model")   # files of T5's tokenizer: one of them is enough
@@ -34,9 +36,9 @@ def new_t5(config) -> nn.Module:
 
 def small_t5(config: Config) -> nn.Module:
     """A small T5 encoder over bytes or words with random weights; needs no files and no network."""
-    vocabulary = 256 if config.t5 == "bytes" else len(config.t5_words.split())
+    vocabulary = 3 + 256 if config.t5 == "bytes" else LISTED + len(config.t5_words.split())
     values = dict(
-        vocab_size=3 + vocabulary, d_model=config.t5_dim, d_kv=config.t5_dim // config.t5_heads,
+        vocab_size=vocabulary, d_model=config.t5_dim, d_kv=config.t5_dim // config.t5_heads,
         d_ff=4 * config.t5_dim, num_layers=config.t5_layers, num_heads=config.t5_heads, dropout_rate=0.0,
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)
     read_from_file = torch.empty(0).is_meta     # made on "meta", without initial weights
@@ -44,6 +46,11 @@ def small_t5(config: Config) -> nn.Module:
         return SmallT5(values)
     from transformers import T5Config
     return new_t5(T5Config(**values))
+
+
+def word_id(word: str, words: dict) -> int:
+    """The id of a word among the listed ones {word: id}; all others share eight: they are not all alike."""
+    return words.get(word) or 2 + zlib.crc32(word.encode()) % (LISTED - 2)
 
 
 def t5_config(name: str):
@@ -75,7 +82,7 @@ def load_t5(name: str) -> nn.Module:
 
 
 def load_tokenizer(name: str, words: dict):
-    """The tokenizer of a hub id or directory; for a small T5, one that gives T5Conditioner's own ids."""
+    """The tokenizer of a hub id or directory; for a small T5, one with T5Conditioner's ids of known words."""
     from transformers import AutoTokenizer, ByT5Tokenizer
     if name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
@@ -124,7 +131,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def word_tokenizer(words: dict):
-    """A tokenizer over listed words {word: id}, with one token for all others."""
+    """A tokenizer over listed words {word: id}, with one token for all others: it knows no `word_id`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     special = {"<pad>": 0, "</s>": 1, "<unk>": 2}

@@ -5,11 +5,13 @@
     python train.py config/finetune.py --data_dir=data/mine --out_dir=out/mine
     python sample.py --checkpoint out/mine --text "..." --melody tune.mp3
 
-The architecture is the checkpoint's, whatever is set here. To tune all weights: lora_rank = 0, lr = 1e-5. For
-a checkpoint of your own, or the shipped one, prepare data with the sample rate and codec of its training:
+The architecture is the checkpoint's, whatever is set here. To tune all weights: lora_rank = 0, lr = 1e-5.
+Data are prepared with the checkpoint's sample rate, and with the codec that is trained with. That of the
+shipped model is to be tuned first (docs/training.md); with the result in out/my_codec:
 
-    python data/prepare.py FOLDER --out data/mine --config config/tiny.py --codec checkpoints/tiny/codec
-    python train.py config/finetune.py --init_from=checkpoints/tiny --segment_duration=5.12
+    python data/prepare.py FOLDER --out data/mine --config config/tiny.py --codec out/my_codec
+    python train.py config/finetune.py --init_from=checkpoints/tiny --codec=out/my_codec \
+        --segment_duration=10.24
 """
 init_from = "facebook/musicgen-melody"  # or the out_dir of a run of your own
 out_dir = "out/mine"

@@ -4,8 +4,8 @@
     python train.py config/tiny_codec.py
 
 The same EnCodec at a quarter of the width. What differs from config/encodec.py, because the run is short:
-spectral losses alone (no discriminator), Muon, a start without the quantizer, and a last part in which the
-decoder alone is tuned on frozen codes.
+spectral losses alone (no discriminator), in decibels above a floor that falls meanwhile; Muon; and a start
+without the quantizer.
 """
 task = "codec"
 out_dir = "out/tiny_codec"
@@ -17,25 +17,25 @@ ratios = (5, 4, 4, 4)          # 320 samples a frame
 dimension = 64
 lstm = 1
 card = 512
-q_dropout = True
 
 l1 = 1.0
-msspec = 1.0
-sc = 1.0
+msspec = 0.0
+log_mel = 1.5
+sc = 0.6                       # summed over windows, log_mel is averaged
 adv = 0.0
 feat = 0.0
 commit = 0.25
 balancer = False
 mel_range = (8, 13)            # windows 256 ... 4,096
-mel_floor = 0.1
-unquantised_steps = 200
-decoder_only_steps = 400
+mel_floor = 1e-6
+mel_floor_start = 0.1
+unquantised = 0.4              # of the run: a latent worth quantizing comes first
 
-batch_size = 10
-epochs = 2
+batch_size = 12
+epochs = 11
 updates_per_epoch = 1000
 optim = "muon"
-lr = 0.02
+lr = 0.01
 weight_decay = 0.0
 warmup = 50
 ema_every = 1

@@ -25,6 +25,8 @@ NOTE = re.compile(r"([a-gr])([#b]?)('*|,*)(\d*)(?:/(\d+))?(~?)")
 SLOWEST, FASTEST = 5, 1000      # bpm
 MOST_NOTES = 20_000
 LONGEST = 10_000                # beats of one note, digits of none
+REST = -1
+REGISTER = 62           # midi: melodies are told with their middle in the octave from here up
 
 
 @dataclass(frozen=True)
@@ -64,25 +66,58 @@ class Notes:
         """One-hot chroma (M, Q) for so many seconds of music, the melody again and again on its bar.
 
         Frame m has the note that sounds at its center, m * hop samples from the start, as in chroma.py.
+        Zeros are a rest. Where config.melody_form is "notes", Q is that of `one_hot_notes`.
         """
         frames = math.ceil(seconds * config.sample_rate / config.hop) + 1
-        return self.chroma_at(np.arange(frames) * config.hop / config.sample_rate, config.n_chroma)
+        return self.chroma_at(np.arange(frames) * config.hop / config.sample_rate, config)
 
-    def chroma_at(self, time, Q: int) -> torch.Tensor:
-        """One-hot chroma (M, Q) of the notes at these times (M,), in seconds."""
-        beat = time * self.bpm / 60 % self.period
+    def chroma_at(self, time, config) -> torch.Tensor:
+        """The same of the notes at these times (M,), in seconds; where they go back, a note begins anew."""
+        beat = time * self.bpm / 60 + 1e-6
+        rounds, beat = np.divmod(beat, self.period)
         pitches, lengths = zip(*self.notes, (None, self.period))            # a rest up to the bar line
-        index = np.searchsorted(np.cumsum(lengths), beat + 1e-6, side="right")
-        classes = [rest_or_class(pitch, Q) for pitch in pitches]
-        return torch.stack(classes)[index.clip(max=len(pitches) - 1)]
+        index = np.searchsorted(np.cumsum(lengths), beat, side="right")
+        steps = [REST if pitch is None else above_c(pitch, config.n_chroma) for pitch in pitches]
+        steps = torch.tensor(steps)[index]
+        if config.melody_form == "chroma":
+            one_hot = F.one_hot(steps % config.n_chroma, config.n_chroma)
+            return (one_hot * (steps != REST)[:, None]).float()
+        begins = np.diff(rounds * len(pitches) + index, prepend=-1) != 0
+        begins |= np.diff(time, prepend=time[0]) < 0
+        return one_hot_notes(steps, torch.from_numpy(begins), config.n_chroma)
 
 
-def rest_or_class(pitch, Q: int) -> torch.Tensor:
-    """A midi pitch as one-hot chroma (Q,), C first as in chroma.py; None, a rest, is all zeros."""
-    if pitch is None:
-        return torch.zeros(Q)
-    above_a = round((pitch - 69) * Q / 12)
-    return F.one_hot(torch.tensor((above_a - 3 * (Q // 12)) % Q), Q).float()
+def above_c(pitch, n_chroma: int) -> int:
+    """Midi pitch -> steps of a scale of n_chroma an octave above the C of midi 0, in tune at A4."""
+    return round((pitch - 69) * n_chroma / 12) - 3 * (n_chroma // 12) + 6 * n_chroma
+
+
+def octaves_up(steps, n_chroma: int) -> int:
+    """How many octaves up notes, see `above_c`, have to go for their median to lie in REGISTER's octave."""
+    return -((int(steps.median()) - above_c(REGISTER, n_chroma)) // n_chroma)
+
+
+def one_hot_notes(steps, begins, n_chroma: int) -> torch.Tensor:
+    """The notes of M frames as (M, 4 n_chroma): one-hot, zeros for a rest.
+
+    steps (M,): of each frame's note, see `above_c`, or REST; begins (M,) bool: whether the note begins there.
+    More than chroma: in which of two octaves a note is, so that a model need not guess where a melody leaps,
+    and which notes are new, so that a repeated one is no held one. Classes:
+
+        held, even octave: C ... B | held, odd octave | begins, even octave | begins, odd octave
+
+    The melody as a whole is moved into one register: who hums it an octave lower means the same.
+    """
+    sounds = steps != REST
+    if sounds.any():
+        steps = steps + n_chroma * octaves_up(steps[sounds], n_chroma)
+    classes = steps % (2 * n_chroma) + 2 * n_chroma * begins
+    return (F.one_hot(classes, 4 * n_chroma) * sounds[:, None]).float()
+
+
+def pitch_classes(melody, n_chroma: int) -> torch.Tensor:
+    """Chroma or notes (..., M, Q) -> chroma (..., M, n_chroma)."""
+    return melody.unflatten(-1, (-1, n_chroma)).sum(-2)
 
 
 def beat_and_bar(count: int, unit: int):

@@ -9,12 +9,13 @@ in any subfolders; links are followed. What is known about song.mp3 may stand in
 (title, artist, genre, key, bpm, moods, keywords, instrument, description, also called caption or text; all
 optional), as plain text in song.txt or song.mp3.txt, or in a line {"file_name": "song.mp3", "text": "..."} of
 a metadata.jsonl, or in one of a metadata.csv with a header and a column file_name. The JSON may also have
-"melody": another file of FOLDER whose tune is the condition (it is no track of its own then), and "weight":
-how often the track is drawn (1 is normal). What is ignored is named at the end, and in skipped.txt.
+"melody": another file of FOLDER, a recording or notes (data/scores.py), whose tune is the condition (it is no
+track of its own then), and "weight": how often the track is drawn (1 is normal). What is ignored is named at
+the end, and in skipped.txt.
 
     DIR/index.json        settings, and a list of tracks: file, place of its data, weight, meta (the captions)
     DIR/codes.NNNNN.u16   uint16 (frames, K); frame t is samples t * stride ... (t + 1) * stride of its track
-    DIR/chroma.NNNNN.u8   uint8 (chroma frames,): pitch class around sample m * hop; n_chroma: silence
+    DIR/chroma.NNNNN.u8   uint8 (chroma frames,): class of the melody around sample m * hop; Q: none, a rest
     DIR/log.NNNNN.jsonl   the tracks that are finished
     DIR/settings.json     what all of them were made with
     DIR/skipped.txt       what could not be read, and why
@@ -50,8 +51,9 @@ from chroma import ChromaExtractor
 from config import Config, load
 from data.audio import LOUD, read_audio, warn_once
 from data.captions import Track, parse_object, read_text, scan
-from data.shards import Shard, read_logs
-from data.stems import harmonic_sum, pick_stem, separate
+from data.scores import is_notes, read_notes
+from data.shards import Shard, melody_form, read_logs
+from data.stems import heard_notes, pick_stem, separate
 from data.vocabulary import unknown_words
 from encodec import EncodecModel
 from system.command import Parser, run
@@ -136,7 +138,8 @@ class Preparer:
         self.notes = []     # on the last recording: sentences
         self.extractor = ChromaExtractor(codec.sample_rate, config.n_chroma, config.radix2_exp).to(device)
         self.config = config
-        self.silence = config.n_chroma if config.harmonic_sum else 0    # 0: the argmax of no chroma at all
+        # of recordings; chroma has the argmax of nothing, in sampling, too
+        self.silence = config.melody_classes if config.melody_form == "notes" else 0
         # what separation and the chroma window see beyond a block; block and context are whole hops of both
         self.context = max(2 ** 16, 2 * self.extractor.window)
 
@@ -144,9 +147,9 @@ class Preparer:
     def __call__(self, path: Path, melody: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Codes (T, K) uint16 of the recording `path`, and the curves in CURVES by name, each (M,) uint8.
 
-        "chroma" is that of the recording `melody`: cut where that is longer, silent at the end where it is
-        shorter. What is wrong with the two is then in `notes`. Raises UserError naming the file that cannot
-        be read.
+        "chroma" is that of `melody`: a recording, cut where it is longer and silent at the end where it is
+        shorter, or a file of notes, which begins anew on its bar. What is wrong with the two is then in
+        `notes`. Raises UserError naming the file that cannot be read.
         """
         curves = {name: [] for name in CURVES}      # block by block
         self.notes, health = [], Health()
@@ -165,12 +168,16 @@ class Preparer:
                 yield own[:, None] if self.codec.channels == 1 else own[None]
 
         codes = self.encode(waves())
-        if melody != path:
+        M, silence = self.extractor.frames(samples), self.silence
+        if is_notes(melody):
+            silence = self.config.melody_classes        # no class at all, as in sampling
+            one_hot = read_notes(melody).chroma(self.config, samples / self.codec.sample_rate)
+            curves["chroma"] = [self.classes(one_hot, silence).to(torch.uint8).numpy()]
+        elif melody != path:
             curves["chroma"] = [self.pitch_classes(block) for block in self.blocks(melody)]
-        M = self.extractor.frames(samples)
         if problem := health.problem(path, self.codec.sample_rate):
             self.note(f"{path}: {problem}")
-        return codes, {name: fit(np.concatenate(parts), M, self.silence) for name, parts in curves.items()}
+        return codes, {name: fit(np.concatenate(parts), M, silence) for name, parts in curves.items()}
 
     def blocks(self, path: Path):
         return blocks(path, self.codec.sample_rate, self.channels, self.context, self.block, self.note)
@@ -191,12 +198,16 @@ class Preparer:
     def pitch_classes(self, block: Block) -> np.ndarray:
         """The strongest pitch class of each chroma frame of a block, uint8."""
         stem = separate(block.wav.to(self.device), self.codec.sample_rate, self.stem)
-        if self.config.harmonic_sum:
-            one_hot = harmonic_sum(stem, self.config)[0]
+        if self.config.melody_form == "notes":
+            one_hot = heard_notes(stem, self.config)[0]
         else:
             one_hot = self.extractor(stem[None])[0]
+        return self.own_frames(self.classes(one_hot, self.silence), block)
+
+    def classes(self, one_hot: torch.Tensor, silence: int) -> torch.Tensor:
+        """One-hot chroma (M, Q), zeros where silent -> classes (M,)."""
         silent = one_hot.amax(-1) == 0
-        return self.own_frames(one_hot.argmax(-1).masked_fill(silent, self.silence), block)
+        return one_hot.argmax(-1).masked_fill(silent, silence)
 
     def own_frames(self, values: torch.Tensor, block: Block) -> np.ndarray:
         """Values at the chroma frames of block.wav -> those at frames centered in the block itself, uint8."""
@@ -229,7 +240,7 @@ def check_settings(out: Path, settings: dict):
         before = parse_object(read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: {error}; choose another --out, or delete {out}") from None
-    before.setdefault("harmonic_sum", False)    # older than that key
+    before["melody_form"] = melody_form(before)
     for key in settings.keys() - {"codec"}:  # the name may change, the weights may not
         if before.get(key) != settings[key]:
             raise UserError(f"{out}: was prepared with {key} = {before.get(key)}, now it is {settings[key]}; "
@@ -319,8 +330,8 @@ def report_captions(tracks: list[Track], config: Config):
         print(f"not understood in captions, and in how many tracks: {most_common(unused)}")
     words = Counter(unknown_words(config, [track.meta.get("description") for track in tracks]))
     if words:
-        print(f"words of captions that are not in t5_words, and how often: {most_common(words)}. They are "
-              f"all the same to the model; one that is trained from scratch learns those added there")
+        print(f"words of captions that are not in t5_words, and how often: {most_common(words)}. They share "
+              f"eight entries, by their spelling; a model trained from scratch learns those added there")
 
 
 def most_common(counts: Counter) -> str:
@@ -351,6 +362,9 @@ def resolve_settings(args) -> tuple[Config, EncodecModel, dict]:
     keys = ("codec", "stem", "device", "n_chroma", "radix2_exp", "sample_rate")
     given = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     config = load([args.config] * bool(args.config) + [f"--{key}={value}" for key, value in given.items()])
+    if config.melody_classes > 255:
+        raise UserError(f"n_chroma = {config.n_chroma}: makes {config.melody_classes} melody classes; 255 at "
+                        f"most can be stored, a byte each, beside silence")
     codec = EncodecModel.from_pretrained(config.codec)
     if not args.config:  # nothing but the codec has these
         config = dataclasses.replace(
@@ -370,7 +384,7 @@ def resolve_settings(args) -> tuple[Config, EncodecModel, dict]:
     settings = dict(
         version=1, sample_rate=codec.sample_rate, channels=config.channels, n_q=config.n_q, card=config.card,
         stride=codec.stride, frame_rate=codec.frame_rate, n_chroma=config.n_chroma,
-        radix2_exp=config.radix2_exp, hop=config.hop, harmonic_sum=config.harmonic_sum,
+        radix2_exp=config.radix2_exp, hop=config.hop, melody_form=config.melody_form,
         stem=pick_stem(config.stem),
         codec_sha256=weights_sha256(codec), codec=config.codec)
     return config, codec, settings

@@ -1,25 +1,28 @@
-"""Tunes as notes -> recordings and captions of them: what data/tunes.py makes its clips of.
+"""Tunes as notes -> recordings of them: what data/tunes.py makes its clips of.
 
     tune = tunes_of("test")[0]                          # of tunes.txt: 360 folk and classical melodies
-    truth = draw_truth(tune, rng)                       # instrument, tempo, key, bass and drums: ground truth
-    mix, melody = render_truth(tune, truth, seconds, sample_rate, rng)      # waves (L,)
-    caption = describe(truth, rng)                      # in one of many wordings, and always true
+    truth = draw_truth(tune, rng)                       # who plays what, how fast, in which key: ground truth
+    mix, melody = render_clip(tune, truth, seconds, sample_rate, rng)       # waves (L,)
+    notes = melody_notes(tune, truth, seconds)          # (start s, length s, midi pitch) of each
 
-Everything random comes from the generators that are given: the same generator makes the same clip.
+The sound of each note comes from data/sampler.py, captions from data/describe.py. Everything random comes
+from the generators that are given: the same generator makes the same clip.
 """
 import functools
 import hashlib
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.signal import oaconvolve
 
-from data.notes import PITCHES, parse_bars
+from data.notes import PITCHES, above_c, octaves_up, parse_bars
+from data.sampler import BASS, INSTRUMENTS, note, stroke
 
-SPLITS = ("train", "valid", "test")
 TEST_TUNES, VALID_TUNES = 100, 20       # all others are for training
 TEMPI = {"slow": (73, 77), "medium": (97, 103), "fast": (146, 154)}     # bpm; a 6/8 beat is a dotted quarter
 MIN_NOTE = 0.17                         # s, mean; busier tunes are slower: chroma frames have to follow
@@ -105,161 +108,150 @@ def tunes_of(split: str) -> list[Tune]:
     return ranked[held_out:]
 
 
-# --- the instruments: each note is a sum of partials ------------------------------------------------------
+# --- who plays what when ----------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Instrument:
-    """A timbre. Partial n has the level n ** -slope, times `even` for even n, raised near the formant."""
-    words: tuple                # what captions call it, the plainest name first
-    low: int                    # natural register, midi pitches
-    high: int
-    partials: tuple             # frequencies over the fundamental's
-    slope: float
-    attack: float               # s
-    release: float              # s
-    even: float = 1.0
-    formant: float = 0.0        # Hz; 0 is none
-    decay: float = 0.0          # s to 1/e of the fundamental, a struck or plucked string; 0 sustains
-    decay_slope: float = 0.5    # higher partials die n ** decay_slope times faster
-    floor: float = 0.0          # level that partials above the first decay to
-    vibrato: float = 0.0        # cents, at 5.5 Hz, setting in after a quarter of a second
-    detune: float = 0.0         # cents between two voices that beat against each other
-    noise: float = 0.0          # breath (sustained) or hammer (struck), level
+def triads(tune: Tune) -> list[tuple]:
+    """The triad of each bar that most of its notes belong to: (root, pitch class as written; third)."""
+    # degrees that may be roots, in semitones above the tonic: a head start in beats
+    degrees, minor = {0: 0.2, 5: 0.1, 7: 0.15, 9: 0.0, 2: 0.0}, {9, 2}
+    if tune.mode == "minor":
+        degrees, minor = {0: 0.2, 5: 0.1, 7: 0.1, 3: 0.05, 10: 0.05}, {0, 5}
+    weights = np.zeros((math.ceil(tune.beats / tune.bar) + 1, 12))
+    start = -tune.upbeat
+    for pitch, length in tune.notes:
+        if pitch is not None:
+            on_bar_line = start % tune.bar == 0
+            bar = int(start // tune.bar) + 1
+            weights[bar, (pitch - tune.tonic) % 12] += length + on_bar_line
+        start += length
+    chords = []
+    for bar in weights[1:]:     # the upbeat has none
+        score = {}
+        for root, bias in degrees.items():
+            third = (root + (3 if root in minor else 4)) % 12
+            fifth = (root + 7) % 12
+            score[root] = bar[root] + bar[third] + bar[fifth] + bias
+        best = max(score, key=score.get)
+        chords.append(((best + tune.tonic) % 12, 3 if best in minor else 4))
+    bars = round(tune.beats / tune.bar)
+    if bars == 1:
+        return chords[:1]
+    return chords[:bars - 1] + [(tune.tonic, 3 if tune.mode == "minor" else 4)]
 
 
-def harmonics(n: int) -> tuple:
-    return tuple(range(1, n + 1))
+def schedule(tune: Tune, bpm: float, seconds: float, first_bar: int = 0):
+    """What sounds when: ([(start s, length s, midi)], [(start of a bar in s, triad)]); the tune is repeated.
+
+    From bar 0 it begins with its upbeat, from a later bar on the bar line.
+    """
+    beat = 60 / bpm
+    origin = first_bar * tune.bar if first_bar else -tune.upbeat
+    chords = triads(tune)
+    notes, bars = [], []
+    for turn in range(math.ceil(seconds / beat / tune.beats) + 2):
+        start = -tune.upbeat
+        for pitch, length in tune.notes:
+            at = (start - origin + turn * tune.beats) * beat
+            if pitch is not None and -1e-9 <= at < seconds - 0.05:
+                notes.append((max(at, 0.0), length * beat, pitch))
+            start += length
+        for n, chord in enumerate(chords):
+            at = (n * tune.bar - origin + turn * tune.beats) * beat
+            if -1e-9 <= at < seconds - 0.05:
+                bars.append((max(at, 0.0), chord))
+    return notes, bars
 
 
-def stretched(n: int) -> tuple:
-    """Partials of a stiff string."""
-    return tuple(i * math.sqrt(1 + 4e-4 * i * i) for i in harmonics(n))
+# --- what is played: the ground truth of a clip -------------------------------------------------------------
 
-
-INSTRUMENTS = {
-    "flute": Instrument(
-        words=("flute",),
-        low=60, high=79, partials=harmonics(6),
-        slope=2.3, attack=0.06, release=0.06,
-        vibrato=14, noise=0.12),
-    "violin": Instrument(
-        words=("violin", "fiddle"),
-        low=57, high=81, partials=harmonics(20),
-        slope=1.25, attack=0.09, release=0.08,
-        formant=2600, vibrato=22),
-    "guitar": Instrument(
-        words=("guitar", "acoustic guitar", "plucked guitar"),
-        low=55, high=76, partials=harmonics(16),
-        slope=0.9, attack=0.003, release=0.08,
-        decay=0.55, decay_slope=0.6, noise=0.03),
-    "organ": Instrument(
-        words=("organ", "pipe organ", "church organ"),
-        low=55, high=77, partials=(1, 2, 3, 4, 6, 8),
-        slope=0.55, attack=0.02, release=0.07),
-    "clarinet": Instrument(
-        words=("clarinet",),
-        low=57, high=77, partials=harmonics(13),
-        slope=1.1, attack=0.035, release=0.05,
-        even=0.04),
-    "trumpet": Instrument(
-        words=("trumpet",),
-        low=57, high=79, partials=harmonics(16),
-        slope=1.1, attack=0.03, release=0.05,
-        formant=1300, vibrato=4),
-    "bell": Instrument(
-        words=("bell", "glockenspiel", "chime"),
-        low=57, high=77, partials=(1, 2.756, 5.404, 8.933),
-        slope=0.75, attack=0.002, release=0.25,
-        decay=1.3, decay_slope=1.4),
-    "piano": Instrument(
-        words=("piano",),
-        low=55, high=79, partials=stretched(12),
-        slope=1.4, attack=0.006, release=0.12,
-        decay=0.8, noise=0.06),
-    "synth": Instrument(
-        words=("synth lead", "synthesizer", "synth"),
-        low=55, high=79, partials=harmonics(20),
-        slope=0.9, attack=0.005, release=0.04,
-        decay=0.2, decay_slope=0.0, floor=0.35, detune=14),
+CHORDS = {      # how chords are played, and on what
+    "held": ("organ", "choir", "violin", "synth"),
+    "strummed": ("guitar",),
+    "broken": ("piano", "harp", "guitar"),
 }
-BASS = Instrument(      # plucked
-    words=("bass",),
-    low=33, high=47, partials=harmonics(5),
-    slope=1.8, attack=0.004, release=0.06,
-    decay=0.4, noise=0.5)
-LONGEST = 4.0                   # s, of a single note
-DRUM = 0.4                      # s, of a stroke
-TAKES = 2                       # slightly different notes of each pitch; a clip keeps to one take
 
 
-@functools.lru_cache(maxsize=1024)
-def note(instrument: Instrument, pitch: int, take: int, sample_rate: int) -> np.ndarray:
-    """One held note, float32 (LONGEST seconds), as loud as any other. Cached: tunes repeat their notes."""
-    rng = np.random.default_rng([pitch, take])
-    time = np.arange(int(LONGEST * sample_rate), dtype=np.float32) / sample_rate
-    frequency = 440 * 2 ** ((pitch - 69) / 12)
-    onset = np.clip(time / 0.5 - 0.5, 0, 1)     # of the vibrato
-    depth = instrument.vibrato * rng.uniform(0.8, 1.2) / 1200 * math.log(2)
-    sway = depth * onset * (1 - np.cos(2 * np.pi * 5.5 * time)) / (2 * np.pi * 5.5)
-    phase = 2 * np.pi * frequency * (time + sway)
-    voices = [1.0]
-    if instrument.detune:
-        voices = [2 ** (side * instrument.detune / 2400) for side in (-1, 1)]
-    slope = instrument.slope + (0.15 if take % 2 else 0)
+def draw_truth(tune: Tune, rng: np.random.Generator) -> dict:
+    """Instrument, tempo, key, accompaniment, loudness and first bar of a clip: its ground truth."""
+    def pick(options):
+        return options[int(rng.integers(len(options)))]
 
-    out = np.zeros_like(time)
-    for n, ratio in enumerate(instrument.partials, start=1):
-        hertz = frequency * ratio
-        if hertz > 0.45 * sample_rate:
-            break
-        level = ratio ** -slope
-        if n % 2 == 0:
-            level *= instrument.even
-        if instrument.formant:
-            distance = math.log(hertz / instrument.formant) / 0.6
-            level *= 1 + 2.5 * math.exp(-distance ** 2)
-        loudness = envelope(instrument, n, ratio, level, time)
-        for voice in voices:
-            out += loudness * np.sin(ratio * voice * phase + 2.4 * n, dtype=np.float32)
-    if instrument.noise:
-        hiss = np.convolve(rng.standard_normal(len(time) + 7), np.ones(8) / 8, "valid")
-        fall = np.exp(-time / 0.012) if instrument.decay else 0.4
-        out += 3 * instrument.noise * hiss.astype(np.float32) * fall
-    rise = int(instrument.attack * sample_rate) + 1
-    out[:rise] *= 0.5 - 0.5 * np.cos(np.pi * np.arange(rise) / rise)
-    head = out[:sample_rate // 2]
-    return (out / np.sqrt(np.mean(head ** 2) + 1e-9)).astype(np.float32)
+    mean_note = tune.beats / len(tune.pitches)  # beats
+    tempi = [name for name, (low, _) in TEMPI.items() if name == "slow" or mean_note * 60 / low >= MIN_NOTE]
+    tempo = pick(tempi)
+    low, high = TEMPI[tempo]
+    chords = pick(list(CHORDS)) if rng.random() < 0.4 else None
+    phrases = (round(tune.beats / tune.bar) - 1) // 4 + 1       # of four bars
+    return {
+        "tune": tune.id,
+        "instrument": pick(list(INSTRUMENTS)),
+        "bpm": int(rng.integers(low, high + 1)),
+        "tempo": tempo,
+        "drums": bool(rng.integers(2)),
+        "bass": bool(rng.integers(2)),
+        "chords": chords,
+        "chords_on": pick(CHORDS[chords]) if chords else None,
+        "soft": bool(rng.random() < 0.15),
+        "key": KEYS[tune.mode][rng.integers(12)],
+        "mode": tune.mode,
+        "metre": tune.metre,
+        "genre": tune.genre,
+        "first_bar": 4 * int(rng.integers(phrases)),
+    }
 
 
-def envelope(instrument: Instrument, n: int, ratio: float, level: float, time: np.ndarray) -> np.ndarray:
-    """How loud partial n, of so many times the fundamental's frequency, is at each time (L,)."""
-    loudness = np.float32(level)
-    if instrument.decay:
-        fall = np.exp(-time * (ratio ** instrument.decay_slope / instrument.decay))
-        loudness = level * (instrument.floor + (1 - instrument.floor) * fall)
-    if not instrument.decay or instrument.floor:    # blown and bowed: higher partials speak later
-        seconds = instrument.attack * (1 + 0.12 * n)
-        loudness = loudness * (1 - np.exp(-time * (3 / seconds)))
-    return loudness
+def transposition(tune: Tune, truth: dict, seconds: float) -> int:
+    """Semitones from a tune as written to a clip of it: to its key, and to the octave of its instrument.
+
+    A melody is told in one register (`octaves_up` in data/notes.py), and each instrument plays it in that, or
+    always an octave lower or higher: so the notes that are told say which are played.
+    """
+    to_key = KEYS[tune.mode].index(truth["key"]) - tune.tonic
+    notes, _ = schedule(tune, truth["bpm"], seconds, truth["first_bar"])
+    sounding = []           # the note of every 0.02 s
+    for _, length, pitch in notes:
+        sounding += round(length / 0.02) * [above_c(pitch + to_key, 12)]
+    octave = INSTRUMENTS[truth["instrument"]].octave
+    return to_key + 12 * (octave + octaves_up(torch.tensor(sounding), 12))
 
 
-@functools.lru_cache(maxsize=8)
-def drum(name: str, sample_rate: int) -> np.ndarray:
-    """One stroke of "kick", "snare" or "hat", float32."""
-    time = np.arange(int(DRUM * sample_rate)) / sample_rate
-    hiss = np.random.default_rng(len(name)).standard_normal(len(time))
-    if name == "kick":
-        turns = 50 * time + 2.8 * (1 - np.exp(-time / 0.04))
-        out = 2 * np.sin(2 * np.pi * turns) * np.exp(-time / 0.12)
-    elif name == "snare":
-        tone = 0.8 * np.sin(2 * np.pi * 185 * time) * np.exp(-time / 0.04)
-        out = np.diff(hiss, prepend=0) * np.exp(-time / 0.14) + tone
-    else:
-        out = 0.5 * np.diff(hiss, 3, prepend=[0, 0, 0]) / 2.5 * np.exp(-time / 0.08)
-    rise = int(0.001 * sample_rate)
-    out[:rise] *= np.arange(rise) / rise
-    return (out * np.cos(np.pi / 2 * time / DRUM)).astype(np.float32)
+def melody_notes(tune: Tune, truth: dict, seconds: float) -> list[tuple]:
+    """(start s, length s, midi pitch) of each note of the melody that a clip has."""
+    shift = transposition(tune, truth, seconds)
+    notes, _ = schedule(tune, truth["bpm"], seconds, truth["first_bar"])
+    return [(start, length, pitch + shift) for start, length, pitch in notes]
 
+
+def melody_abc(tune: Tune, truth: dict, seconds: float) -> str:
+    """The melody of a clip as an .abc file, which data/scores.py reads; it begins where the clip does."""
+    shift = transposition(tune, truth, seconds)
+    first = tune.upbeat + truth["first_bar"] * tune.bar if truth["first_bar"] else 0        # beats
+    starts = np.cumsum([0, *(length for _, length in tune.notes)])
+    split = int(np.searchsorted(starts, first - 1e-6))
+    notes = list(tune.notes[split:] + tune.notes[:split])
+    tied = starts[split] - first
+    if tied > 1e-6:           # a note that began before the clip is not heard in it
+        pitch, length = notes.pop()
+        notes = [(None, tied), *notes, (pitch, length - tied)]
+    eighths = 3 if tune.metre == "6/8" else 2
+    words = []
+    for pitch, beats in notes:
+        length = Fraction(beats * eighths).limit_denominator(48)
+        name = "z" if pitch is None else abc_note(pitch + shift)
+        words.append(f"{name}{length}")
+    tempo = "3/8" if tune.metre == "6/8" else "1/4"
+    return f"X:1\nT:{tune.title}\nM:{tune.metre}\nL:1/8\nQ:{tempo}={truth['bpm']}\nK:C\n{' '.join(words)}\n"
+
+
+def abc_note(pitch: int) -> str:
+    """A midi pitch as ABC writes it: ^c' is C sharp an octave above middle C's."""
+    name = "C ^C D ^D E F ^F G ^G A ^A B".split()[pitch % 12]
+    octave = pitch // 12 - 5        # of middle C: 0
+    name = name if name[0] == "^" else "=" + name       # accidentals hold up to the bar line
+    return name.lower() + "'" * (octave - 1) if octave > 0 else name + "," * -octave
+
+
+# --- how it sounds ------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=8)
 def room(sample_rate: int) -> np.ndarray:
@@ -273,74 +265,6 @@ def room(sample_rate: int) -> np.ndarray:
     return response.astype(np.float32)
 
 
-# --- who plays what when ----------------------------------------------------------------------------------
-
-def chords(tune: Tune) -> list[int]:
-    """The root (0 ... 11, as written) of a triad for each bar: the one most of the bar's notes belong to."""
-    # degrees that may be roots, in semitones above the tonic: a head start in beats
-    degrees, minor = {0: 0.2, 5: 0.1, 7: 0.15, 9: 0.0, 2: 0.0}, {9, 2}
-    if tune.mode == "minor":
-        degrees, minor = {0: 0.2, 5: 0.1, 7: 0.1, 3: 0.05, 10: 0.05}, {0, 5}
-    weights = np.zeros((math.ceil(tune.beats / tune.bar) + 1, 12))
-    start = -tune.upbeat
-    for pitch, length in tune.notes:
-        if pitch is not None:
-            on_bar_line = start % tune.bar == 0
-            bar = int(start // tune.bar) + 1
-            weights[bar, (pitch - tune.tonic) % 12] += length + on_bar_line
-        start += length
-    roots = []
-    for bar in weights[1:]:     # the upbeat has none
-        score = {}
-        for root, bias in degrees.items():
-            third = (root + (3 if root in minor else 4)) % 12
-            fifth = (root + 7) % 12
-            score[root] = bar[root] + bar[third] + bar[fifth] + bias
-        best = max(score, key=score.get)
-        roots.append((best + tune.tonic) % 12)
-    bars = round(tune.beats / tune.bar)
-    if bars == 1:
-        return roots[:1]
-    return roots[:bars - 1] + [tune.tonic]
-
-
-def fit(tune: Tune, instrument: str, tonic: int) -> int:
-    """Semitones that bring a tune to the key of pitch class `tonic`, in the instrument's best octave."""
-    play = INSTRUMENTS[instrument]
-
-    def outside(shift):
-        low, high = min(tune.pitches) + shift, max(tune.pitches) + shift
-        beyond = max(0, play.low - low) + max(0, high - play.high)
-        return beyond, abs(low + high - play.low - play.high)
-    shifts = [tonic - tune.tonic + octave for octave in (-36, -24, -12, 0, 12, 24)]
-    return min(shifts, key=outside)
-
-
-def schedule(tune: Tune, bpm: float, seconds: float, first_bar: int = 0):
-    """What sounds when: ([(start s, length s, midi)], [(start of a bar in s, root)]); the tune is repeated.
-
-    From bar 0 it begins with its upbeat, from a later bar on the bar line.
-    """
-    beat = 60 / bpm
-    origin = first_bar * tune.bar if first_bar else -tune.upbeat
-    roots = chords(tune)
-    notes, bars = [], []
-    for turn in range(math.ceil(seconds / beat / tune.beats) + 2):
-        start = -tune.upbeat
-        for pitch, length in tune.notes:
-            at = (start - origin + turn * tune.beats) * beat
-            if pitch is not None and -1e-9 <= at < seconds - 0.05:
-                notes.append((max(at, 0.0), length * beat, pitch))
-            start += length
-        for n, root in enumerate(roots):
-            at = (n * tune.bar - origin + turn * tune.beats) * beat
-            if -1e-9 <= at < seconds - 0.05:
-                bars.append((max(at, 0.0), root))
-    return notes, bars
-
-
-# --- a clip -----------------------------------------------------------------------------------------------
-
 def add(track: np.ndarray, sound: np.ndarray, start: float, sample_rate: int, gain: float):
     """Adds a sound to track (L,) at `start` seconds."""
     at = round(start * sample_rate)
@@ -348,35 +272,8 @@ def add(track: np.ndarray, sound: np.ndarray, start: float, sample_rate: int, ga
     track[at:at + len(sound)] += np.float32(gain) * sound
 
 
-def held(sound: np.ndarray, seconds: float, release: float, sample_rate: int) -> np.ndarray:
-    """The first `seconds` of a note and its release."""
-    fade = int(release * sample_rate)
-    sound = sound[:int(seconds * sample_rate) + fade // 2].copy()
-    fade = min(fade, len(sound))
-    ramp = np.pi * np.arange(fade, dtype=np.float32) / fade
-    sound[len(sound) - fade:] *= 0.5 + 0.5 * np.cos(ramp)
-    return sound
-
-
-def add_bass(track, tune: Tune, root: int, start: float, beat: float, take: int, sample_rate: int):
-    """One bar of root and fifth in turn, below the melody, a note a beat."""
-    low = BASS.low + (root - BASS.low) % 12
-    fifth = low + 7 if low < 40 else low - 5
-    for i in range(tune.bar):
-        pitch = low if i % 2 == 0 else fifth
-        sound = note(BASS, pitch, take, sample_rate)
-        sound = held(sound, 0.9 * beat, BASS.release, sample_rate)
-        add(track, sound, start + i * beat, sample_rate, 0.5)
-
-
-def add_drums(track, tune: Tune, start: float, beat: float, sample_rate: int, rng):
-    """One bar: kick on the strong beats, snare on the others, a hat on all."""
-    for i in range(tune.bar):
-        loud = rng.uniform(0.85, 1.0)
-        strong = i == 0 or (i == 2 and tune.bar == 4)
-        stroke = drum("kick" if strong else "snare", sample_rate)
-        add(track, stroke, start + i * beat, sample_rate, 1.9 * loud)
-        add(track, drum("hat", sample_rate), start + i * beat, sample_rate, 1.4 * loud)
+def in_room(wave: np.ndarray, sample_rate: int) -> np.ndarray:
+    return oaconvolve(wave, room(sample_rate))[:len(wave)].astype(np.float32)
 
 
 def accent(beats: float, bar: int) -> float:
@@ -385,175 +282,90 @@ def accent(beats: float, bar: int) -> float:
         return abs(number - round(number)) < 0.01
     if whole(beats / bar):
         return 1.0
-    return 0.85 if whole(beats) else 0.7
+    return 0.9 if whole(beats) else 0.8
 
 
-def render_tune(tune: Tune, instrument: str, bpm: float, transpose: int, drums: bool, bass: bool,
-                seconds: float, sample_rate: int, rng: np.random.Generator, first_bar: int | None = None):
-    """One clip -> (mix (L,), melody alone (L,)), float32 within [-0.9, 0.9]; the melody is as loud in both.
+def add_bass(track, root: int, bar: int, start: float, beat: float, sample_rate: int):
+    """One bar of root and fifth in turn, below the melody, a note a beat."""
+    low = BASS.low + (root - BASS.low) % 12
+    fifth = low + 7 if low < 40 else low - 5
+    for i in range(bar):
+        sound = note("bass", low if i % 2 == 0 else fifth, 0.9 * beat, sample_rate)
+        add(track, sound, start + i * beat, sample_rate, 0.6)
 
-    Starts at first_bar, by default one drawn from the tune's phrases of four bars.
+
+def add_chord(track, root: int, third: int, style: str, name: str, tune: Tune, start: float, beat: float,
+              sample_rate: int):
+    """One bar of a triad around middle C: its root's pitch class, the semitones of its third."""
+    low = 48 + (root - 48) % 12 if name != "violin" else 55 + (root - 55) % 12      # no violin is lower
+    pitches = (low, low + third, low + 7)
+    if style == "held":
+        for pitch in pitches:
+            add(track, note(name, pitch, tune.bar * beat, sample_rate, 0.6), start, sample_rate, 0.5)
+    elif style == "strummed":
+        for i in range(tune.bar):
+            loudness = 0.8 if i == 0 else 0.6
+            for n, pitch in enumerate((*pitches, low + 12)):    # one string after the other
+                sound = note(name, pitch, beat, sample_rate, loudness)
+                add(track, sound, start + i * beat + 0.015 * n, sample_rate, 0.4)
+    else:
+        each = beat / (3 if tune.metre == "6/8" else 2)
+        for i in range(round(tune.bar * beat / each)):
+            pitch = pitches[(0, 2, 1, 2)[i % 4]]
+            add(track, note(name, pitch, 2 * each, sample_rate, 0.7), start + i * each, sample_rate, 0.6)
+
+
+def add_drums(track, tune: Tune, hats: int, start: float, beat: float, sample_rate: int, rng):
+    """One bar: kick on the strong beats, snare on the others, `hats` hi-hats a beat."""
+    for i in range(tune.bar):
+        loud = rng.uniform(0.85, 1.0)
+        strong = i == 0 or (i == 2 and tune.bar == 4)
+        sound = stroke("kick" if strong else "snare", sample_rate)
+        add(track, sound, start + i * beat, sample_rate, (3.5 if strong else 2.5) * loud)
+        for n in range(hats):
+            level = 1.2 if n == 0 else 0.7
+            add(track, stroke("hat", sample_rate), start + (i + n / hats) * beat, sample_rate, level * loud)
+
+
+def render_clip(tune: Tune, truth: dict, seconds: float, sample_rate: int, rng: np.random.Generator):
+    """The clip of a tune that `truth` describes (see `draw_truth`) -> (mix (L,), melody alone (L,)), float32.
+
+    Within [-0.9, 0.9]; the melody is as loud in both.
     """
-    play = INSTRUMENTS[instrument]
-    take = int(rng.integers(TAKES))
-    if first_bar is None:
-        bars_in_tune = round(tune.beats / tune.bar)
-        first_bar = 4 * int(rng.integers((bars_in_tune - 1) // 4 + 1))
-    notes, bars = schedule(tune, bpm, seconds, first_bar)
-    beat = 60 / bpm
-    upbeat = 0 if first_bar else tune.upbeat
+    beat = 60 / truth["bpm"]
+    upbeat = 0 if truth["first_bar"] else tune.upbeat
     L = int(seconds * sample_rate)
+    touch = 0.5 if truth["soft"] else 1.0
+    phrases = rng.uniform(0.8, 1.0, math.ceil(seconds / beat / tune.bar / 4) + 1)   # loudness of four bars
 
     melody = np.zeros(L, np.float32)
-    for start, duration, pitch in notes:
-        sound = note(play, pitch + transpose, take, sample_rate)
-        sound = held(sound, duration, play.release, sample_rate)
-        gain = accent(start / beat - upbeat, tune.bar) * rng.uniform(0.9, 1.0)
-        add(melody, sound, start, sample_rate, gain)
-    melody = oaconvolve(melody, room(sample_rate))[:L].astype(np.float32)
-    rest = np.zeros(L, np.float32)
-    for start, root in bars:
-        if bass:
-            add_bass(rest, tune, root + transpose, start, beat, take, sample_rate)
-        if drums:
-            add_drums(rest, tune, start, beat, sample_rate, rng)
+    for start, length, pitch in melody_notes(tune, truth, seconds):
+        beats = start / beat - upbeat
+        loudness = accent(beats, tune.bar) * phrases[max(0, int(beats / tune.bar / 4))]
+        sound = note(truth["instrument"], pitch, length, sample_rate, touch * loudness)
+        add(melody, sound, start, sample_rate, 1.0)
+    melody = in_room(melody, sample_rate)
 
-    mix = melody + rest
-    peak = max(np.abs(mix).max(), np.abs(melody).max())
-    loudness = np.sqrt(np.mean(mix ** 2))
-    gain = min(rng.uniform(0.09, 0.13) / loudness, 0.9 / peak)
-    gain = np.full(L, gain, np.float32)
+    _, bars = schedule(tune, truth["bpm"], seconds, truth["first_bar"])
+    shift = transposition(tune, truth, seconds)
+    hats = int(rng.choice([1, 3] if tune.metre == "6/8" else [1, 2]))
+    chords, rest = np.zeros(L, np.float32), np.zeros(L, np.float32)
+    for start, (root, third) in bars:
+        root = (root + shift) % 12
+        if truth["chords"]:
+            add_chord(chords, root, third, truth["chords"], truth["chords_on"], tune, start, beat,
+                      sample_rate)
+        if truth["bass"]:
+            add_bass(rest, root, tune.bar, start, beat, sample_rate)
+        if truth["drums"]:
+            add_drums(rest, tune, hats, start, beat, sample_rate, rng)
+    if truth["chords"]:
+        rest += in_room(chords, sample_rate)
+
+    mix = melody + touch ** 2 * rest        # 0.25 of it; a soft melody keeps 0.32 to 0.48 of its level
+    peak = max(np.abs(mix).max(), np.abs(melody).max(), 1e-9)
+    loudness = np.sqrt(np.mean(mix ** 2)) + 1e-9
+    target = rng.uniform(0.03, 0.05) if truth["soft"] else rng.uniform(0.08, 0.13)
+    gain = np.full(L, min(target / loudness, 0.9 / peak), np.float32)
     gain *= np.minimum(1, np.arange(L, 0, -1) / (0.05 * sample_rate))       # no click at the end
     return tuple(np.clip(wave * gain, -0.9, 0.9) for wave in (mix, melody))     # the peak may be rounded up
-
-
-def render_truth(tune: Tune, truth: dict, seconds: float, sample_rate: int, rng: np.random.Generator):
-    """The clip of a tune that `truth` describes (see `draw_truth`) -> (mix (L,), melody (L,))."""
-    tonic = KEYS[tune.mode].index(truth["key"])
-    shift = fit(tune, truth["instrument"], tonic)
-    return render_tune(tune, truth["instrument"], truth["bpm"], shift, truth["drums"], truth["bass"],
-                       seconds, sample_rate, rng)
-
-
-# --- its truth and its caption ----------------------------------------------------------------------------
-
-TEMPO_WORDS = {
-    "slow": ("slow", "gentle", "unhurried", "leisurely"),
-    "medium": ("medium-tempo", "moderate", "mid-tempo", "walking-pace"),
-    "fast": ("fast", "lively", "quick", "brisk"),
-}
-MOODS = {
-    "slow": {"major": ("calm", "peaceful"), "minor": ("sad", "melancholic")},
-    "medium": {"major": ("warm", "friendly"), "minor": ("thoughtful", "serious")},
-    "fast": {"major": ("happy", "cheerful"), "minor": ("restless", "energetic")},
-}
-BACKING = {     # (drums, bass)
-    (True, True): ("with drums and bass", "with bass and drums", "over a drum beat and a bass line"),
-    (True, False): ("with drums", "with drums, no bass", "with a drum beat", "over a drum beat"),
-    (False, True): ("with bass", "with bass, no drums", "with a bass line", "over a bass line"),
-    (False, False): ("unaccompanied", "alone", "no drums, no bass", "without drums"),
-}
-PIECES = ("tune", "melody", "piece", "song")
-
-
-def draw_truth(tune: Tune, rng: np.random.Generator) -> dict:
-    """Instrument, tempo, key, bass and drums of a clip: its ground truth."""
-    names = list(INSTRUMENTS)
-    instrument = names[rng.integers(len(names))]
-    mean_note = tune.beats / len(tune.pitches)  # beats
-    tempi = []
-    for name, (low, high) in TEMPI.items():
-        if name == "slow" or mean_note * 60 / low >= MIN_NOTE:
-            tempi.append(name)
-    tempo = tempi[rng.integers(len(tempi))]
-    low, high = TEMPI[tempo]
-    return {
-        "tune": tune.id,
-        "instrument": instrument,
-        "bpm": int(rng.integers(low, high + 1)),
-        "tempo": tempo,
-        "drums": bool(rng.integers(2)),
-        "bass": bool(rng.integers(2)),
-        "key": KEYS[tune.mode][rng.integers(12)],
-        "mode": tune.mode,
-        "metre": tune.metre,
-        "genre": tune.genre,
-    }
-
-
-def article(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def describe(truth: dict, rng: np.random.Generator) -> str:
-    """A caption of a clip in one of many wordings. Fields may be left out, but what it says is so.
-
-    truth: instrument, tempo ("slow", "medium" or "fast"), bpm, drums, bass, key, mode, genre.
-    """
-    def pick(words):
-        return words[int(rng.integers(len(words)))]
-
-    def maybe(probability):
-        return rng.random() < probability
-    words = INSTRUMENTS[truth["instrument"]].words
-    name = words[0] if maybe(0.5) else pick(words)
-    tempo = pick(TEMPO_WORDS[truth["tempo"]]) if maybe(0.85) else ""
-    genre = truth["genre"]
-    if genre in ("folk", "classical"):
-        genre += " tune"
-    piece = pick(PIECES) if maybe(0.7) else genre
-    mood = pick(MOODS[truth["tempo"]][truth["mode"]]) if maybe(0.2) else ""
-
-    adjectives = " ".join(word for word in (mood, tempo) if word)
-    appended = f", {adjectives}" if adjectives else ""
-    what = article(f"{adjectives} {piece}".strip())
-    solo = "" if truth["drums"] or truth["bass"] else "solo "
-    preposition = pick(("played on", "for", "on"))
-    lead = pick((
-        article(f"{adjectives} {name} {piece}".strip()),
-        f"{what} {preposition} {article(name)}",
-        f"{article(name)} playing {what}",
-        f"{name} {piece}{appended}",
-        f"{adjectives} {name}".strip(),
-        f"{solo}{name}{appended}"))
-
-    extras = []
-    if maybe(0.9):
-        extras.append(pick(BACKING[truth["drums"], truth["bass"]]))
-    if maybe(0.5):
-        tempo = pick(("at {} bpm", "{} bpm", "{} beats per minute"))
-        extras.append(tempo.format(truth["bpm"]))
-    if maybe(0.2):
-        extras.append(f"in {truth['key']} {truth['mode']}" if maybe(0.6) else f"{truth['mode']} key")
-    rng.shuffle(extras)
-    joins = extras and "," not in lead and extras[0].startswith(("with", "over", "at ", "in "))
-    parts = [lead, *extras]
-    if joins and maybe(0.6):
-        parts = [f"{lead} {extras[0]}", *extras[1:]]
-    text = ", ".join(parts)
-    if maybe(0.4):
-        text = text[0].upper() + text[1:]
-        text += "." if maybe(0.6) else ""
-    return text
-
-
-def sidecar(tune: Tune, truth: dict, rng: np.random.Generator) -> dict:
-    """The .json beside a clip, as data/prepare.py reads it, with the ground truth for evaluation."""
-    drums = "drums" if truth["drums"] else "no drums"
-    bass = "bass" if truth["bass"] else "no bass"
-    fields = {
-        "genre": tune.genre,
-        "key": f"{truth['key']} {truth['mode']}",
-        "bpm": truth["bpm"],
-        "keywords": [truth["tempo"], drums, bass, f"{tune.metre} time"],
-        "moods": list(MOODS[truth["tempo"]][truth["mode"]]),
-    }
-    # some are missing, as in real data
-    fields = {key: value for key, value in fields.items() if rng.random() < 0.8}
-    return fields | {
-        "title": tune.title,
-        "artist": tune.origin,
-        "instrument": INSTRUMENTS[truth["instrument"]].words[0],
-        "description": describe(truth, rng),
-        "truth": truth,
-    }

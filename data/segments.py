@@ -31,7 +31,7 @@ from checkpoints.files import weights_sha256
 from config import Config
 from data.audio import read_audio, seconds_of
 from data.captions import clean, is_recording, walk
-from data.shards import is_whole, open_shard
+from data.shards import is_whole, melody_form, open_shard
 from system import processes
 from system.errors import UserError
 from system.files import read_json
@@ -176,7 +176,9 @@ class TokenSegments:
                             f"makes it")
         self.folder, self.index = folder, read_json(folder / "index.json")
         index = self.index
-        for key in ("n_q", "card", "stride", "sample_rate", "channels", "n_chroma", "radix2_exp"):
+        index["melody_form"] = melody_form(index)
+        for key in ("n_q", "card", "stride", "sample_rate", "channels", "n_chroma", "melody_form",
+                    "radix2_exp"):
             if index.get(key) != getattr(config, key):
                 raise UserError(f"{folder}: prepared with {key} = {index.get(key)}, the configuration says "
                                 f"{getattr(config, key)}; prepare it again, or train with what it has")
@@ -231,12 +233,12 @@ class TokenSegments:
         first = track["codes_start"] + start // self.stride
         codes = self.shards[track["shard"]]["codes"][first:first + self.T].T.astype(np.int64)
         classes = self.curve(track, "chroma", start) if config.melody != "none" else None
-        if codes.max() >= config.card or classes is not None and classes.max() > config.n_chroma:
+        if codes.max() >= config.card or classes is not None and classes.max() > config.melody_classes:
             raise UserError(f"{config.data_dir}: {where} has codes beyond card = {config.card}, or pitch "
-                            f"classes beyond {config.n_chroma}; the shard is damaged, prepare it again")
+                            f"classes beyond {config.melody_classes}; the shard is damaged, prepare it again")
         melody = None
         if classes is not None:     # class Q is silence: no class at all
-            melody = F.one_hot(classes, config.n_chroma + 1)[:, :-1].float()
+            melody = F.one_hot(classes, config.melody_classes + 1)[:, :-1].float()
         conditions = {"text": track["meta"].get("description"), "melody": melody}
         if rng is not None:
             text = augment_description(track["meta"], config, rng)

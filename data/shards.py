@@ -48,6 +48,11 @@ def is_whole(entry: dict, frames: dict[str, int]) -> bool:
     return True
 
 
+def melody_form(settings: dict) -> str:
+    """What the melodies of prepared data are stored as. Former versions had another key, or none."""
+    return "harmonic_sum" if settings.get("harmonic_sum") else settings.get("melody_form", "chroma")
+
+
 # --- reading ----------------------------------------------------------------------------------------------
 
 def open_shard(folder: Path, number: int, K: int, curves) -> dict[str, np.ndarray]:

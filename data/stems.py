@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from config import FIELDS
 from data.audio import HIGHEST, LOWEST
-from data.notes import Notes
+from data.notes import REST, Notes, one_hot_notes
 from system.devices import inference
 from system.errors import UserError, as_user_error
 
@@ -108,26 +108,30 @@ def _median(x, size: int):
 
 # --- the notes of a stem ------------------------------------------------------------------------------------
 
-HARMONICS = [0.7 ** h for h in range(8)]    # weights of the first eight harmonics of a pitch
-LOWEST_NOTE, HIGHEST_NOTE = 130, 2100       # Hz: C3 to C7
+HARMONICS = [0.8 ** h for h in range(8)]    # weights of the first eight harmonics of a pitch
+LOWEST_NOTE, HIGHEST_NOTE = 65, 2100        # Hz: C2 to C7
 CHANGE = 0.05                               # the salience that a change of note costs
+NEW = 10.0                                  # weight of what has got louder since the frame before
 QUIET = 0.01                                # level of silence over that of the loudest frame: -40 dB
+ATTACK = 0.12                               # s after a beginning in which a note is not struck again
+STRUCK = 2.0                                # dB by which a note gets louder where it is struck again
 
 
-def harmonic_sum(wavs, config):
-    """Stems (B, L) -> pitch classes of their notes, one-hot (B, M, Q), M = L // hop + 1; zeros where silent.
+def heard_notes(wavs, config):
+    """Stems (B, L) -> their notes, see `one_hot_notes` of data/notes.py, (B, M, Q), M = L // hop + 1.
 
-    What a configuration with harmonic_sum = True takes for chroma. Chroma counts each partial for its own
-    class, and hears a bright sound, whose third harmonic is the loudest, a fifth too high. Here a pitch is as
-    strong as its harmonics together. Pitches are a semitone apart (for Q = 12) in the recording's tuning. A
-    frame sees 0.13 s, where that of chroma sees 0.5 s.
+    For melody_form = "notes". Chroma counts each partial for its own class, and hears a bright sound, whose
+    third harmonic is the loudest, a fifth too high. Here a pitch is as strong as its harmonics together.
+    Pitches are a semitone apart (for n_chroma = 12) in the recording's tuning. A frame sees 0.13 s, where
+    that of chroma sees 0.5 s, and what has just got louder counts most, because a bell rings on into the next
+    notes. A note begins where the pitch changes, where sound follows silence, and where it is struck again.
     """
     hop = 2 ** config.radix2_exp // 4       # as in chroma.py
     notes = [_notes(wav.cpu().float(), config.sample_rate, hop, config.n_chroma) for wav in wavs]
     return torch.stack(notes).to(wavs.device)
 
 
-def _notes(wav, sample_rate: int, hop: int, Q: int):
+def _notes(wav, sample_rate: int, hop: int, n_chroma: int):
     """Stem (L,) -> one-hot (M, Q)"""
     window = 2 ** round(math.log2(sample_rate * 0.128))
     n_fft = 4 * window                      # zeros around it: the nearest bin is near enough
@@ -136,34 +140,73 @@ def _notes(wav, sample_rate: int, hop: int, Q: int):
                           return_complex=True).abs()                        # (bins, M)
     level = spectrum.square().sum(0).sqrt()
     sounds = level > QUIET * level.max()
-    spectrum = spectrum / spectrum.amax(0).clamp(min=1e-9)
     frequency = torch.arange(len(spectrum)) * sample_rate / n_fft
-    tuning = _tuning(spectrum, frequency, Q)
+    tuning = _tuning(normalized(spectrum), frequency, n_chroma)
+    new = (spectrum - F.pad(spectrum, (1, 0))[:, :-1]).clamp(min=0)     # what rings on is not
+    spectrum = normalized(spectrum + NEW * new)
 
     # the square root lets many weak harmonics count; the bell over octaves plays down bass and treble
     octave = torch.log2(frequency.clamp(min=1) / 1200)
     loudness = spectrum.sqrt() * torch.exp(-0.5 * (octave / 2) ** 2)[:, None]
-    first = math.ceil(Q * math.log2(LOWEST_NOTE / 440))                     # in steps from A4
-    last = math.floor(Q * math.log2(HIGHEST_NOTE / 440))
+    first = math.ceil(n_chroma * math.log2(LOWEST_NOTE / 440))                     # in steps from A4
+    last = math.floor(n_chroma * math.log2(HIGHEST_NOTE / 440))
     steps = torch.arange(first, last + 1)
-    pitch = 440 * 2 ** ((steps + tuning) / Q)                               # Hz
+    pitch = 440 * 2 ** ((steps + tuning) / n_chroma)                               # Hz
     salience = torch.zeros(len(steps), spectrum.shape[1])
     for h, weight in enumerate(HARMONICS, start=1):
         nearest = (h * pitch * n_fft / sample_rate).round().long()
         inside = nearest < len(spectrum)
         salience[inside] += weight * loudness[nearest[inside]]
     path = _steadiest_path(salience / sum(HARMONICS))
-    classes = (steps[path] - 3 * (Q // 12)) % Q                             # A first -> C first
-    return F.one_hot(classes, Q) * sounds[:, None].float()
+    begins = F.pad(path[1:] != path[:-1], (1, 0), value=True) | ~F.pad(sounds[:-1], (1, 0))
+    struck = _struck(wav, sample_rate, hop, pitch[path])
+    again = math.ceil(ATTACK * sample_rate / hop)                       # frames: an attack is one beginning
+    for m in range(len(begins)):
+        begins[m] |= struck[m] & ~begins[max(0, m - again):m].any()
+    notes = steps[path] - 3 * (n_chroma // 12) + 6 * n_chroma               # as data/notes.py counts them
+    return one_hot_notes(torch.where(sounds, notes, REST), begins, n_chroma)
 
 
-def _tuning(spectrum, frequency, Q: int) -> float:
+def normalized(spectrum):
+    """Spectrum (bins, M) with 1 as the largest value of each frame."""
+    return spectrum / spectrum.amax(0).clamp(min=1e-9)
+
+
+def _struck(wav, sample_rate: int, hop: int, pitch):
+    """Stem (L,) and the pitch of each frame (M,), Hz -> (M,) bool: whether it is struck around that frame.
+
+    Its first six harmonics together, heard through 40 ms, get STRUCK dB louder than in the 80 ms before, and
+    stay so for 130 ms: a tremolo does not.
+    """
+    size, step = round(0.04 * sample_rate), round(0.008 * sample_rate)
+    places = torch.arange(-hop // 2 - 10 * step, hop // 2 + 16 * step, step)    # (J,) around a frame's center
+    side = hop + 16 * step + size
+    pieces = F.pad(wav, (side, side)).unfold(0, size, 1)
+    time = torch.arange(size) / sample_rate
+    harmonic = torch.arange(1, 7)
+    struck = []
+    for first in range(0, len(pitch), 64):      # frames: all at once would be 20 times the recording
+        some = pitch[first:first + 64, None] * harmonic                     # (m, 6) Hz
+        angle = 2 * math.pi * some[..., None] * time
+        waves = torch.polar(torch.hann_window(size).expand_as(angle), angle)
+        waves = waves * (some < 0.45 * sample_rate)[..., None]              # (m, 6, size)
+        center = torch.arange(first, first + len(some)) * hop
+        starts = center[:, None] + places + side - size // 2
+        heard = pieces[starts].to(waves.dtype) @ waves.mT                   # (m, J, 6)
+        level = 10 * (heard.abs().square().sum(-1) + 1e-9).log10()
+        before = level[:, :-17].unfold(1, 10, 1).amin(-1)                   # (m, J - 26)
+        after = level[:, 10:].unfold(1, 17, 1).amin(-1)
+        struck.append((after - before).amax(1) >= STRUCK)
+    return torch.cat(struck)
+
+
+def _tuning(spectrum, frequency, n_chroma: int) -> float:
     """How far the peaks of a spectrum (bins, M) lie above the notes of A4 = 440 Hz: -0.5 to 0.5 of a step."""
     band = (frequency > 150) & (frequency < 2500)
     spectrum, frequency = spectrum[band], frequency[band]
     inner = spectrum[1:-1]
     peak = (inner > spectrum[:-2]) & (inner >= spectrum[2:]) & (inner > 0.1)
-    angle = 2 * math.pi * Q * torch.log2(frequency[1:-1, None] / 440)       # a whole turn from note to note
+    angle = 2 * math.pi * n_chroma * torch.log2(frequency[1:-1, None] / 440)    # a whole turn a note
     turn = torch.polar(inner * peak, angle.expand_as(inner)).sum()
     return float(turn.angle() / (2 * math.pi))
 

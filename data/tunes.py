@@ -1,11 +1,12 @@
 """The embedded data set: 360 public-domain melodies, rendered as audio, with captions of what was rendered.
 
 The notes are in tunes.txt (real folk and classical tunes with title and origin). Every clip is one tune in
-one key, tempo and instrument, with or without bass and drums (data/render.py); beside each recording lie a
-sidecar .json (caption and ground truth) and the melody alone, the clean source of chroma. Training,
-validation and test clips share no tune.
+one key, tempo and instrument, with or without chords, bass and drums (data/render.py), played on recorded
+notes (data/instruments); beside each recording lie a sidecar .json (caption and ground truth) and the melody
+alone, as a recording or as notes. Training, validation and test clips share no tune. A quarter as many clips
+of sounds that are no music are for the codec alone (data/sounds.py).
 
-    python data/tunes.py            # data/tunes/{train,valid,test}: about 16 h of music in a few minutes
+    python data/tunes.py            # data/tunes/{train,valid,test}/{songs,sounds}: 30 h in a few minutes
     python data/tunes.py --one "Ode to Joy" --instrument piano --to ode.wav
 
 Offline and deterministic: clip i of a split is drawn from a generator seeded (seed, split, i), whoever
@@ -22,11 +23,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
 from data.audio import to_int16
-from data.render import (INSTRUMENTS, SPLITS, draw_truth, fit, load_tunes, render_truth, render_tune, sidecar,
-                         tunes_of)
+from data.describe import sidecar
+from data.render import KEYS, draw_truth, load_tunes, melody_abc, render_clip, tunes_of
+from data.sampler import INSTRUMENTS
+from data.segments import SPLITS
+from data.sounds import draw_sounds
 from system.command import Parser, run
 from system.errors import UserError
 from system.files import check_writable, write_atomic
+
+
+SOUNDS = 4          # clips of music for each of other sounds
 
 
 def write_wav(path: Path, wav: np.ndarray, sample_rate: int):
@@ -35,27 +42,39 @@ def write_wav(path: Path, wav: np.ndarray, sample_rate: int):
     write_atomic(path, write)
 
 
-def write_clip(job) -> str:
+def write_sounds(args, split: str, index: int):
+    """Clip `index` of those that are no music."""
+    rng = np.random.default_rng([args.seed, SPLITS.index(split), index, 2])
+    wave = draw_sounds(args.seconds, args.sample_rate, rng)
+    write_wav(Path(args.out) / split / "sounds" / f"{index:05d}.wav", wave, args.sample_rate)
+
+
+def write_clip(job):
     """Renders clip `index` of a split into its folder; the sidecar comes last: with one, a clip is whole."""
     args, split, index = job
+    if index % SOUNDS == 0:
+        write_sounds(args, split, index // SOUNDS)
     tunes = tunes_of(split)
     tune = tunes[index % len(tunes)]
     seed = [args.seed, SPLITS.index(split), index]
-    # captions have their own generator: a change of wording leaves the music as it is
+    # captions have their own generator: a change of wording leaves the music as it is, and changes no more
+    # than the octave of melodies as notes, which is drawn after it
     words = np.random.default_rng([*seed, 0])
     rng = np.random.default_rng([*seed, 1])
     truth = draw_truth(tune, rng)
     fields = sidecar(tune, truth, words)
-    mix, melody = render_truth(tune, truth, args.seconds, args.sample_rate, rng)
-    folder = Path(args.out) / split
+    mix, melody = render_clip(tune, truth, args.seconds, args.sample_rate, rng)
+    folder = Path(args.out) / split / "songs"
     file = f"{index:05d}-{tune.id}"
     write_wav(folder / f"{file}.wav", mix, args.sample_rate)
-    if args.stems:
-        fields["melody"] = f"melodies/{file}.wav"
+    # half of the melodies are told as they were written, half as they are heard: a user may give either
+    fields["melody"] = f"melodies/{file}." + ("wav" if index % 2 else "abc")
+    if index % 2:
         write_wav(folder / fields["melody"], melody, args.sample_rate)
+    else:
+        write_atomic(folder / fields["melody"], melody_abc(tune, truth, args.seconds).encode())
     text = json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
     write_atomic(folder / f"{file}.json", text.encode())
-    return fields["description"]
 
 
 def write_one(args):
@@ -69,10 +88,9 @@ def write_one(args):
     if args.instrument not in INSTRUMENTS:
         raise UserError(f"--instrument {args.instrument!r}: must be one of {', '.join(INSTRUMENTS)}")
     tune = found[0]
-    shift = fit(tune, args.instrument, tune.tonic)
-    rng = np.random.default_rng(args.seed)
-    _, melody = render_tune(tune, args.instrument, args.bpm, shift, drums=False, bass=False,
-                            seconds=args.seconds, sample_rate=args.sample_rate, rng=rng, first_bar=0)
+    alone = {"drums": False, "bass": False, "chords": None, "soft": False, "first_bar": 0}
+    truth = alone | {"instrument": args.instrument, "bpm": args.bpm, "key": KEYS[tune.mode][tune.tonic]}
+    _, melody = render_clip(tune, truth, args.seconds, args.sample_rate, np.random.default_rng(args.seed))
     write_wav(Path(args.to), melody, args.sample_rate)
     print(f"{args.to}: {tune.title}, {tune.origin}, {args.instrument}, {args.bpm:g} bpm")
 
@@ -84,11 +102,10 @@ def parse(argv):
     add("--out", default="data/tunes", help="folder; gets train/, valid/ and test/")
     add("--clips", type=int, nargs=3, default=(40, 10, 2), metavar=("TRAIN", "VALID", "TEST"),
         help="of each tune")
-    add("--seconds", type=float, default=5.8, help="length of a clip")
+    add("--seconds", type=float, default=11.0, help="length of a clip")
     add("--seed", type=int, default=0)
     add("--sample_rate", type=int, default=16000, help="Hz")
     add("--workers", type=int, default=2, help="processes")
-    add("--no-stems", dest="stems", action="store_false", help="leave out the melodies alone")
     add("--one", metavar="TITLE", help="only the melody of this tune, to the file --to")
     add("--instrument", default="piano", help=", ".join(INSTRUMENTS))
     add("--bpm", type=float, default=104)

@@ -2,7 +2,8 @@
 
     unknown_words(config, ["a techno flute tune"])      # ["techno"]
 
-All others are one token to such a model: "techno" and "xyzzy" give the same music.
+All others share eight entries, by their spelling, and so do punctuation and fillers that are not listed.
+Whether "techno" and "xyzzy" give the same music is chance.
 """
 import re
 

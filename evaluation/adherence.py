@@ -24,9 +24,11 @@ import numpy as np
 import torch
 
 from data import render
+from data.notes import pitch_classes
 from evaluation.classifiers import INSTRUMENTS, correct, train_classifiers
 from evaluation.clips import caption, clip, other_instrument, out_of_domain_recording
 from evaluation.drums import drum_figures, has_drums
+from evaluation.metrics import chroma_similarity, melody_accuracy
 from evaluation.notes import note_figures
 from evaluation.probes import log_mel_frechet
 from evaluation.waves import BATCH, as_written, codec_roundtrip, encode, flatness, generate, to_batch
@@ -107,10 +109,12 @@ def adherence(model, split: str, count: int) -> dict:
         "with_melody": generate(model, texts, melodies),
         "text_only": generate(model, texts),
     }
+    enter(figures, "real", {"notes_told": notes_told(model, [(asked.mix, asked.notes) for asked in clips])})
     for column, wavs in sets.items():
         enter(figures, column, word_figures(wavs, truths, classifiers, config.sample_rate))
         if column != "text_only":
             enter(figures, column, melody_figures(wavs, clips, config.sample_rate))
+        enter(figures, column, chroma_figures(wavs, to_batch(melodies), config))
         others = waves_of(sets["real"])
         others, wavs = (others[::2], others[1::2]) if column == "real" else (others, waves_of(wavs))
         enter(figures, column, {"log_mel_frechet": log_mel_frechet(others, wavs, config.sample_rate)})
@@ -176,6 +180,37 @@ def melody_figures(wavs, clips, sample_rate: int) -> dict:
     return note_figures(pieces, sample_rate, instruments)
 
 
+def chroma_figures(wavs, melodies, config) -> dict:
+    """Waves (B, 1, L) against the melodies that were given, recordings (B, 1, L), by the measures of others.
+
+    melody_accuracy     MuseControlLite's: pitch classes of short frames, above middle C
+    chroma_agreement    MusicGen's chroma cosine similarity: pitch classes of frames of half a second
+    chroma_cosine       the same of all twelve classes of a frame, not of the strongest alone
+    """
+    compare = functools.partial(chroma_similarity, wavs, melodies, config.sample_rate, config.n_chroma,
+                                config.radix2_exp)
+    return {
+        "melody_accuracy": melody_accuracy(wavs, melodies, config.sample_rate),
+        "chroma_agreement": compare(argmax=True),
+        "chroma_cosine": compare(argmax=False),
+    }
+
+
+def notes_told(model, pieces) -> float:
+    """Share of the notes of recordings, (mix (L,), notes) each, whose pitch class the model is told of them.
+
+    In the middle of a note. What is told wrong here, no model can play right.
+    """
+    right = []
+    for mix, notes in pieces:
+        melody = model.melody_chroma(torch.from_numpy(mix))
+        melody = pitch_classes(melody, model.config.n_chroma)       # (M, Q)
+        for start, length, pitch in notes:
+            frame = melody[int((start + length / 2) * model.sample_rate / model.config.hop)]
+            right.append(bool(frame.max() > 0) and int(frame.argmax()) == pitch % 12)
+    return share(right)
+
+
 def valid(wavs, config) -> float:
     """Share of waves (B, 1, L) that are tonal, audible, not clipped and as long as asked for, in a file."""
     wavs = torch.stack([as_written(wav, config.sample_rate) for wav in wavs])
@@ -192,6 +227,7 @@ def out_of_domain_figures(figures: dict, model, split: str, texts):
     recordings = [out_of_domain_recording(model.config, split, n) for n in range(0, len(texts), 2)]
     wavs = generate(model, texts[::2], [wave for wave, _ in recordings])
     generated = [(wav, notes) for wav, (_, notes) in zip(waves_of(wavs), recordings)]
+    enter(figures, "real", {"out_of_domain_notes_told": notes_told(model, recordings)})
     for column, pieces in (("real", recordings), ("with_melody", generated)):
         right = note_figures(pieces, rate)["notes_right"]
         enter(figures, column, {"out_of_domain_notes_right": right})

@@ -8,6 +8,7 @@ Of a language model: cross-entropy on held-out segments of data_dir, and how it 
 eval_tunes = True, the notes and words of newly rendered tunes are known (adherence.py). Of other music one
 knows only chroma: `segments_...` compare that of a sample with that of the melody asked for, another track's.
 """
+import functools
 import json
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from tqdm import tqdm
 from config import Config
 from data.audio import read_audio
 from data.captions import clean, parse_object, read_text
+from data.notes import pitch_classes
 from data.segments import AudioCrops, TokenSegments, collate, spread, with_melody_of
 from encodec import EncodecModel
 from evaluation.adherence import adherence, enter
 from evaluation.metrics import (codebook_use, compare_chroma, frechet_distance, latent_vectors, melody_of,
                                 reconstruct)
-from evaluation.probes import distances, has_opus, opus_roundtrip, probes
+from evaluation.probes import OPUS, distances, has_opus, opus_roundtrip, probes
 from evaluation.waves import codec_roundtrip
 from sample import MusicGen
 from system.devices import pick_device
@@ -101,21 +103,19 @@ def evaluate_codec(config: Config, split: str, out: Path, device) -> dict:
 
 
 def codec_table(codec, pairs: list) -> dict:
-    """Probes of a codec, distances of waves and reconstructions (L,): {name: {"codec" or "opus": figure}}."""
+    """Probes of a codec, distances of pairs of waves (L,): {name: {"codec" or "opus_...": figure}}."""
     rate = codec.sample_rate
 
     def through_codec(wave):
         wav = torch.from_numpy(wave).expand(1, codec.channels, -1)
         return codec_roundtrip(codec, wav)[0].mean(0).numpy()
 
-    def through_opus(wave):
-        return opus_roundtrip(wave, rate)
-
     table = {}
     enter(table, "codec", distances(pairs, rate) | probes(through_codec, rate))
-    if has_opus():
+    for kbps in OPUS if has_opus() else ():
+        through_opus = functools.partial(opus_roundtrip, sample_rate=rate, kbps=kbps)
         with_opus = [(wave, through_opus(wave)) for wave, _ in pairs]
-        enter(table, "opus", distances(with_opus, rate) | probes(through_opus, rate))
+        enter(table, f"opus_{kbps}", distances(with_opus, rate) | probes(through_opus, rate))
     return table
 
 
@@ -199,12 +199,12 @@ def held_out(data: TokenSegments, n: int) -> list[dict]:
 
 def melodies_of_segments(config: Config, played, items: list[dict]) -> dict:
     """Melodies played, chroma (N, M, Q), against those that the N items asked for, and shuffled ones."""
-    nothing = torch.zeros(config.chroma_frames, config.n_chroma)
+    nothing = torch.zeros(config.chroma_frames, config.melody_classes)
     asked = []
     for item in items:
         melody = item["conditions"]["melody"]
         asked.append(nothing if melody is None else melody)
-    asked = torch.stack(asked)
+    asked = pitch_classes(torch.stack(asked), config.n_chroma)
     cosine, agreement = compare_chroma(played, asked)
     _, shuffled = compare_chroma(played, asked.roll(-1, 0))
     names = ("segments_melody_cosine", "segments_melody_agreement", "segments_melody_agreement_shuffled")

@@ -1,6 +1,6 @@
 """Measures of reconstructions, melodies and sets of music: what validation and `train.py --eval` report.
 
-    a codec             SI-SNR, mel distance, use of the codebooks, chroma of reconstruction and original
+    a codec             SI-SNR, STFT and mel distances, use of the codebooks, chroma against the original's
     a language model    chroma of its music and of the melody asked for, Frechet distance to real music
 """
 import math
@@ -9,12 +9,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.linalg import sqrtm
+from scipy.signal import butter, filtfilt
 
 from chroma import ChromaExtractor
 from config import Config
 from data.stems import separate
 from system.devices import device_of
-from training.losses import mel_loss
+from training.losses import mel_loss, power_spectrogram
+
+MIDDLE_C = 261.2        # Hz, as MuseControlLite has it
 
 
 # --- of a codec -----------------------------------------------------------------------------------
@@ -32,6 +35,24 @@ def si_snr(wav, output):
     signal = target.square().sum(1) + 1e-8
     noise = (y - target).square().sum(1) + 1e-8
     return 10 * (signal / noise).log10()
+
+
+def stft_distance(wav, output) -> float:
+    """Multi-resolution STFT distance (Parallel WaveGAN, arXiv 1910.11480, equations 3 to 6) of two (B, C, L).
+
+    |X - Y| / |X| (Frobenius norms) + mean |ln X - ln Y|, X and Y: magnitudes of wave x and reconstruction y,
+    averaged over Hann windows of 512, 1024 and 2048 samples, each with a hop of a quarter.
+    """
+    distances = []
+    for n_fft in (512, 1024, 2048):
+        magnitudes = []
+        for wave in (wav, output):
+            power = power_spectrogram(wave, n_fft) * n_fft * 3 / 8      # the window's energy
+            magnitudes.append(power.clamp(min=1e-7).sqrt())
+        x, y = magnitudes
+        convergence = (x - y).norm() / x.norm()
+        distances.append(convergence + (x.log() - y.log()).abs().mean())
+    return torch.stack(distances).mean().item()
 
 
 @torch.no_grad()
@@ -112,6 +133,18 @@ def chroma_similarity(wav_a, wav_b, sample_rate: int, n_chroma=12, radix2_exp=14
     chroma_a = extract(wav_a if wav_a.dim() == 3 else wav_a[None])
     chroma_b = extract(wav_b if wav_b.dim() == 3 else wav_b[None])
     return F.cosine_similarity(chroma_a, chroma_b, dim=-1, eps=1e-8)[:, :frames].mean().item()
+
+
+def melody_accuracy(wav_a, wav_b, sample_rate: int) -> float:
+    """MuseControlLite's measure of melodies (arXiv 2506.18729): two waves (B, C, L) -> 0 to 1.
+
+    Share of frames with the same strongest pitch class above middle C, of the whole waves. As in its code: a
+    Butterworth filter of order 2, forwards and backwards, before chroma of short windows, 46 ms. Here they
+    have the nearest power of two of samples, a hop of a quarter of that and not 5.8 ms, and no tuning.
+    """
+    filters = butter(2, MIDDLE_C, "high", fs=sample_rate)
+    above = [torch.from_numpy(filtfilt(*filters, wav.numpy()).copy()) for wav in (wav_a, wav_b)]
+    return chroma_similarity(*above, sample_rate, radix2_exp=round(math.log2(0.046 * sample_rate)))
 
 
 # --- of sets of music -----------------------------------------------------------------------------

@@ -300,8 +300,9 @@ def tell_unknown_words(config, checkpoint: str, texts):
     words = list(dict.fromkeys(unknown_words(config, texts)))
     if words:
         more = f" and {len(words) - 10} more" if len(words) > 10 else ""
-        print(f"--text: {checkpoint} does not know {', '.join(words[:10])}{more}; such words are all one "
-              f"to it. The words that it knows: t5_words in its config.json", file=sys.stderr)
+        print(f"--text: {checkpoint} does not know {', '.join(words[:10])}{more}; such words share "
+              f"eight entries, by their spelling. The words that it knows: t5_words in its config.json",
+              file=sys.stderr)
 
 
 def check_files(args, melodies, outs):

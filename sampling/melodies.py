@@ -111,20 +111,27 @@ def melody_chroma(model, args, melody, notes, lead: float):
     if args.loop:
         time = loop_times(time, lead, args.duration)
     if notes is not None:
-        return notes.chroma_at(time, model.config.n_chroma)
+        return notes.chroma_at(time, model.config)
     wav = read_audio(melody, model.sample_rate, 1, duration=seconds + 10)
     with naming(f"--melody {melody}"):
         chroma = model.melody_chroma(again(wav, model.sample_rate, seconds), stem=args.stem)
-    return at_times(chroma, time, rate)
+    return at_times(chroma, time, rate, model.config)
 
 
-def at_times(chroma, time, rate: float):
-    """Chroma (M, Q) of a recording, `rate` frames a second -> its frames at times (s); a loop has each once.
+def at_times(chroma, time, rate: float, config):
+    """Chroma (M, Q) of a recording, `rate` frames a second -> its frames at these times (s).
 
-    Half a frame is always rounded down: to even, frames would come twice and others never.
+    Half a frame is always rounded down: rounded to even, every other frame would come twice, the rest never.
+    Where time goes back to the start, a note begins anew.
     """
     frames = np.floor(time * rate + 0.5 - 1e-3).astype(int)
-    return chroma[torch.from_numpy(frames).clamp(max=len(chroma) - 1)]
+    chroma = chroma[torch.from_numpy(frames).clamp(max=len(chroma) - 1)]
+    if config.melody_form == "notes":
+        held, begins = chroma.chunk(2, -1)                              # classes: see `one_hot_notes`
+        back = torch.from_numpy(np.diff(time, prepend=time[0]) < 0)
+        begun = torch.cat([torch.zeros_like(held), held + begins], -1)
+        chroma = torch.where(back[:, None], begun, chroma)
+    return chroma
 
 
 def again(wav, rate: int, seconds: float):

@@ -509,7 +509,8 @@ def music_in_time(shape: str, dtype: str, duration: float) -> tuple[float, float
     else:
         codec = optimize_codec(random_codec().fold(), torch.bfloat16)
         model = MusicGen(language_model(shape, getattr(torch, dtype)), codec)
-    chroma = torch.eye(12)[torch.arange(model.config.chroma_frames) // 20 % 12]
+    M, Q = model.config.chroma_frames, model.config.melody_classes
+    chroma = torch.eye(Q)[torch.arange(M) // 20 % Q]
     rates = []
 
     def waves():

@@ -302,7 +302,7 @@ def write_random_data(folder: Path, config: Config):
     rng.integers(config.n_chroma, size=frames).astype(np.uint8).tofile(folder / "chroma.00000.u8")
     track = dict(file="one.wav", shard=0, weight=1.0, codes_start=0, frames=frames, chroma_start=0,
                  chroma_frames=frames, meta=dict(description="a slow tune"))
-    keys = "sample_rate channels n_q card stride n_chroma radix2_exp".split()
+    keys = "sample_rate channels n_q card stride n_chroma melody_form radix2_exp".split()
     index = {key: getattr(config, key) for key in keys} | dict(version=1, hop=config.hop, shards=1)
     (folder / "index.json").write_text(json.dumps(index | dict(tracks=[track])))
 

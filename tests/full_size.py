@@ -75,7 +75,7 @@ def train(config):
         for optimizer in optimizers:
             factor = cosine_lr(update + 1, config.total_updates, config.warmup)
             optimizer.param_groups[0]["lr"] = config.lr * factor
-        task.prepare(update, None)
+        task.module.train()
         loss, figures = task.loss(get_batch(task.train_data, config, update), update)
         loss.backward()
         line = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())

@@ -73,7 +73,7 @@ def make(seed=0, **options) -> LMModel:
 
 def melody(lm, pitch_class: int) -> torch.Tensor:
     """Chroma (M, Q) of one held note."""
-    M, Q = lm.config.chroma_frames, lm.config.n_chroma
+    M, Q = lm.config.chroma_frames, lm.config.melody_classes
     return torch.nn.functional.one_hot(torch.full((M,), pitch_class), Q).float()
 
 

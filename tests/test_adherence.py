@@ -3,6 +3,8 @@
     python -m pytest tests/test_adherence.py            # -m slow: trains the classifiers, a minute
 """
 import dataclasses
+import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from config import load
 from constants import ROOT
 from data import render
+from data.describe import WORDS
 from encodec import EncodecModel
 from evaluation import adherence, classifiers, clips
 from evaluation.metrics import latent_vectors
@@ -29,17 +32,15 @@ def some_clips(config, split, count):
     return [clip.truth for clip in asked], to_batch([clip.mix for clip in asked])
 
 
-def test_captions_say_tempo_and_backing_in_varied_words():
+def test_captions_say_tempo_and_drums_in_varied_words():
     rng, captions = np.random.default_rng(0), set()
     for n in range(40):
-        truth = clips.clip(CONFIG, "test", n).truth
+        truth = clips.clip(CONFIG, "test", n, 1.0).truth
         caption = clips.caption(truth, rng)
         captions.add(caption)
-        words = render.INSTRUMENTS[truth["instrument"]].words
-        backing = render.BACKING[truth["drums"], truth["bass"]]
-        assert str(truth["bpm"]) in caption
-        assert any(word in caption.lower() for word in words), caption
-        assert any(words in caption for words in backing), caption
+        assert any(word in caption.lower() for word in WORDS["instruments"][truth["instrument"]]), caption
+        told = any(words in caption.lower() for words in WORDS["drums"])
+        assert told or not truth["drums"], caption
     assert len(captions) == 40
 
 
@@ -71,6 +72,16 @@ def test_out_of_domain_recordings_have_the_notes_they_are_said_to_have():
     for wave, _ in pieces:
         assert wave.dtype == np.float32 and 0.2 < np.abs(wave).max() <= 0.3 + 1e-6
     assert note_figures(pieces, CONFIG.sample_rate)["notes_right"] > 0.9
+
+
+def test_the_share_of_notes_that_a_model_is_told_right():
+    """Of melodies without accompaniment most; of the same against notes a semitone away, hardly any."""
+    asked = [clips.clip(CONFIG, "test", n, instrument="trumpet") for n in range(3)]
+    model = SimpleNamespace(config=CONFIG, sample_rate=CONFIG.sample_rate)
+    model.melody_chroma = functools.partial(MusicGen.melody_chroma, model)
+    assert adherence.notes_told(model, [(one.melody, one.notes) for one in asked]) > 0.95
+    wrong = [(one.melody, [(*note[:2], note[2] + 1) for note in one.notes]) for one in asked]
+    assert adherence.notes_told(model, wrong) < 0.2
 
 
 def test_what_users_write_is_expected_to_be_what_it_says():

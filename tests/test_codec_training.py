@@ -1,16 +1,20 @@
-"""Training of the codec: losses, discriminator and balancer in one run, and its last part.
+"""Training of the codec: losses, discriminator and balancer in one run, and its first part.
 
     python -m pytest tests/test_codec_training.py
 """
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from config import Config
+from config import Config, load
 from encodec import EncodecModel
 from system.errors import UserError
 from train import train
+from training.codec import CodecTraining
 from training.figures import signs_of_collapse
-from training_runs import ADVERSARIAL, assert_same_run, lines, settings, state, stop_at
+from training_runs import ADVERSARIAL, assert_same_run, lines, settings
 
 
 def test_codec_trains_and_writes_a_codec(codec_run):
@@ -43,22 +47,41 @@ def test_a_collapse_is_told(training_data, codec_run, tmp_path, capsys):
     assert signs_of_collapse(config, healthy | {"live": [1.0, 0.1], "update": 2}) == []
 
 
+def test_a_start_without_the_quantizer_is_no_collapse():
+    """Figures of config/tiny_codec.py, whose quantizer starts at 40 %: until then its decoder is not used."""
+    config = load(["config/tiny_codec.py"])
+    log = ((1100, -46.9, 0.0), (2750, -46.0, 0.0), (4400, -42.9, 0.0), (4401, -42.0, 0.1), (5000, -3.1, 1.0),
+           (5500, -2.2, 1.0), (11000, 0.2, 1.0))
+    for update, si_snr, live in log:
+        assert not signs_of_collapse(config, {"update": update, "si_snr": si_snr, "live": [live] * 4}), update
+    assert signs_of_collapse(config, {"update": 6000, "si_snr": -42.0, "live": [1.0] * 4})
+
+
+@pytest.mark.parametrize("updates", [20, 11_000])
+def test_the_quantizer_starts_after_the_same_share_of_any_run(updates):
+    """unquantised = 0.4: 4,400 of the recipe's 11,000 updates, 8 of 20."""
+    config = dataclasses.replace(load(["config/tiny_codec.py"]), epochs=1, updates_per_epoch=updates)
+    first = updates * 2 // 5
+    assert [quantizes(config, update) for update in (first - 1, first, updates - 1)] == [False, True, True]
+
+
+def quantizes(config, update: int) -> bool:
+    """Whether CodecTraining's loss of an update has the quantizer in it."""
+    calls = []
+
+    def forward(wav, quantize):
+        calls.append(quantize)
+        return wav.clone().requires_grad_(), None, torch.zeros(())
+    task = SimpleNamespace(config=config, device="cpu", forward=forward, weights={"l1": 1.0}, extra={},
+                           adversarial=False,
+                           reconstruction_losses=lambda x, y, floor: {"l1": (x - y).abs().mean()})
+    CodecTraining.loss(task, {"wav": torch.zeros(1, 1, 10)}, update)
+    return calls[0]
+
+
 def test_no_bfloat16_on_a_cpu(training_data, tmp_path):
     """On processors with AMX its strided convolutions are wrong there, and the codec would collapse."""
     config = Config(**settings(training_data, tmp_path / "out", "codec", dtype="bfloat16"))
     with pytest.raises(UserError, match="on a CPU the codec trains in float32 alone"):
         train(config)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-def test_the_last_part_trains_the_decoder_alone(training_data, tmp_path):
-    """From update 14 on, encoder and codebooks stay what their averages were."""
-    config = Config(**settings(training_data, tmp_path / "out", "codec", **ADVERSARIAL))
-    stop_at(config, 14)
-    averages = state(config.out_dir)
-    train(config, resume=True)
-    moved = set()
-    for name, tensor in state(config.out_dir).items():
-        if name.startswith("model.") and not torch.equal(tensor, averages["ema." + name[6:]]):
-            moved.add(name.split(".")[1])
-    assert moved == {"decoder"}

@@ -111,6 +111,10 @@ def test_argmax_of_former_files_is_dropped_and_false_is_refused(config_json):
         Config.from_json(config_json(argmax=False))
 
 
+def test_steps_of_former_codecs_are_dropped(config_json):
+    assert Config.from_json(config_json(unquantised_steps=4400, decoder_only_steps=400)) == Config()
+
+
 def test_keys_that_former_files_lack_have_their_defaults(config_json):
     path = config_json()
     values = json.loads(path.read_text())
@@ -180,7 +184,7 @@ def test_fine_tuning_inherits_the_architecture_and_nothing_else(tmp_path):
     assert sorted(INHERITED) == sorted("""
         channels sample_rate codec n_filters ratios dimension lstm n_residual_layers kernel_size
         last_kernel_size residual_kernel_size dilation_base compress causal pad_mode true_skip norm n_q card
-        melody n_chroma radix2_exp harmonic_sum chroma_length null_melody text t5 t5_finetune t5_words t5_dim
+        melody n_chroma radix2_exp melody_form chroma_length null_melody text t5 t5_finetune t5_words t5_dim
         t5_layers t5_heads dim num_heads num_layers hidden_scale positional_embedding positional_scale
         max_period qk_layer_norm pattern delays melody_delay""".split())
     source = Config(dim=64, num_heads=2, qk_layer_norm=True, codec="my/codec", text="cross", batch_size=3,
@@ -192,3 +196,6 @@ def test_fine_tuning_inherits_the_architecture_and_nothing_else(tmp_path):
     source.chroma_length = source.chroma_frames
     for key in FIELDS:
         assert getattr(tuned, key) == getattr(source if key in INHERITED else config, key), key
+    longer = inherit_architecture(dataclasses.replace(config, segment_duration=20.0))
+    whole = dataclasses.replace(source, segment_duration=20.0, chroma_length=0)
+    assert longer.chroma_frames == whole.chroma_frames

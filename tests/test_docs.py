@@ -33,7 +33,7 @@ README, PARITY, TOUR = TEXTS["README.md"], TEXTS["docs/parity.md"], TEXTS["docs/
 RESULTS, TRAINING = TEXTS["docs/results.md"], TEXTS["docs/training.md"]
 PLACEHOLDERS = {"tune.mp3", "song.mp3", "song.txt", "song.json", "song.mp3.txt", "song.mp3.json", "MY_MUSIC",
                 "FOLDER_OF_AUDIO"}
-MADE = ("out/", "data/tunes/", "data/prepared", "data/mine", "page")    # by other commands
+MADE = ("out/", "data/tunes/", "data/prepared", "data/mine", "page", "samples/")    # by other commands
 RUN_FILES = {"metrics.jsonl", "metadata.jsonl", "metadata.csv", "skipped.txt", "notes.txt", "state_dict.bin",
              "compression_state_dict.bin"}
 
@@ -395,7 +395,7 @@ def test_figures_of_the_language_model():
 
 def test_order_of_the_codebooks_in_the_log_of_the_shipped_model():
     """As docs/troubleshooting.md has it: codebook 1 is lowest after about a hundred updates, not before."""
-    lines = [json.loads(line) for line in (TINY / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (TINY / "start_metrics.jsonl").read_text().splitlines()]
     orders = {"train": [], "valid": []}
     for line in lines:
         orders[line["split"]].append((line["update"], sorted(range(1, 5), key=lambda k: line[f"ce_{k}"])))
@@ -407,21 +407,30 @@ def test_order_of_the_codebooks_in_the_log_of_the_shipped_model():
 def test_caption_gains():
     gains = rows(section(RESULTS, "Why a small model learns to read text only with help"))
     for row, attribute in zip(gains, ("instrument", "drums", "tempo"), strict=True):
-        assert_figures(row[1], [FIGURES[f"caption_gain_{attribute}"]])
-        assert_figures(row[2], [FIGURES[f"caption_gain_{attribute}_codes_hidden"]])
+        for cell, suffix in zip(row[1:], ("", "_codes_hidden"), strict=True):
+            name = f"caption_gain_{attribute}{suffix}"
+            assert_figures(cell.lstrip("-"), [abs(FIGURES[name])])
+            assert cell.startswith("-") == (FIGURES[name] < 0)
 
 
 def test_figures_of_the_codec():
     figures = CODEC_FIGURES
-    assert_table("The codec", figures, ["codec", "opus"])
+    assert_table("The codec", figures, ["codec", "opus_6", "opus_8", "opus_12", "opus_16"])
     of_instruments = [value for name, value in figures.items() if name.startswith("chroma_agreement ")]
     text = section(RESULTS, "The codec")
     agreement = re.search(r"class of ([\d.]+) of the chroma frames survives \(.*?, ([\d.]+)\)", text, re.S)
     assert_figures(agreement[1], [figures["chroma_agreement"]])
     assert_figures(agreement[2], [min(of_instruments)])
-    use = re.search(r"In use are (.*?) of the entries.*?codes is (.*?)\.\n", text, re.S)
+    use = re.search(r"In use are (.*?) of the entries.*?codes\s+is\s+(.*?)\.\n", text, re.S)
     assert_figures(use[1], figures["live"])
     assert_figures(use[2], figures["perplexity"])
+
+
+def test_our_rows_beside_published_figures():
+    first = rows(section(RESULTS, "Beside published figures"))[:3]
+    for cells, column in zip(first, ("with_melody", "real", "text_only"), strict=True):
+        for cell, name in zip(cells[-2:], ("melody_accuracy", "chroma_agreement"), strict=True):
+            assert_figures(cell, [FIGURES[name][column]])
 
 
 def test_results_in_readme():

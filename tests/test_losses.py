@@ -4,6 +4,7 @@
 """
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from config import Config
 from deviations import golden, near
@@ -11,7 +12,7 @@ from models import noise
 from system import processes
 from training import losses
 from training.discriminator import MultiScaleSTFTDiscriminator
-from training.losses import Balancer, codec_losses, discriminator_loss, generator_losses, mel_loss
+from training.losses import Balancer, codec_losses, discriminator_loss, generator_losses, mel_floor, mel_loss
 
 
 # --- losses -----------------------------------------------------------------------------------------------
@@ -34,16 +35,48 @@ def test_mel_loss_equals_that_of_audiocraft():
 def test_codec_losses_are_those_with_a_weight():
     config = Config(sample_rate=16000, sc=1.0, msspec=0.0, l1=0.1)
     wav = noise(2, 1, 3000)
-    equal = codec_losses(config, wav, wav.clone())
+    equal = codec_losses(config, wav, wav.clone(), 1e-5)
     assert equal.keys() == {"l1", "sc"} and equal["l1"] == 0 and equal["sc"] < 1e-6
-    silence = codec_losses(config, wav, torch.zeros_like(wav))
+    silence = codec_losses(config, wav, torch.zeros_like(wav), 1e-5)
     assert abs(float(silence["sc"]) - 5) < 1e-2  # |S_x - 0| / |S_x| at five scales
+
+
+class Operations(TorchFunctionMode):
+    """Counts what torch computes inside `with`."""
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["l1", "msspec", "log_mel", "sc"])
+def test_a_loss_of_weight_0_is_not_computed(name):
+    weights, wav = dict(l1=1.0, msspec=1.0, log_mel=1.0, sc=1.0), noise(2, 1, 3000)
+    operations, found = [], []
+    for changes in ({}, {name: 0.0}):
+        with Operations() as counted:
+            found.append(codec_losses(Config(**weights | changes), wav, 0.5 * wav, 1e-5))
+        operations.append(counted.count)
+    assert operations[1] < operations[0] and found[0].keys() - found[1].keys() == {name}
+    assert all(torch.equal(loss, found[0][key]) for key, loss in found[1].items())
+
+
+def test_log_mel_counts_decades_of_power_above_the_floor():
+    """An error of 20 dB is two decades; below the floor nothing counts. The floor falls evenly."""
+    config = Config(sample_rate=16000, l1=0.0, msspec=0.0, log_mel=1.0, n_mels=20,
+                    mel_range=(8, 11), mel_floor=1e-6, mel_floor_start=0.01)
+    wav = noise(2, 1, 8000)
+    assert abs(float(codec_losses(config, wav, 0.1 * wav, 1e-12)["log_mel"]) - 2) < 0.01
+    assert float(codec_losses(config, wav, 0.1 * wav, 1e3)["log_mel"]) < 0.01
+    floors = [mel_floor(config, progress) for progress in (0.0, 0.3, 0.6, 1.0)]
+    assert floors == pytest.approx([1e-2, 1e-4, 1e-6, 1e-6])
 
 
 def test_the_losses_of_silence_have_a_gradient():
     config = Config(sample_rate=16000, sc=1.0, msspec=1.0, l1=0.1)
     wav = torch.zeros(1, 1, 3000, requires_grad=True)
-    sum(codec_losses(config, torch.zeros(1, 1, 3000), wav).values()).backward()
+    sum(codec_losses(config, torch.zeros(1, 1, 3000), wav, 1e-5).values()).backward()
     assert wav.grad.isfinite().all()
 
 

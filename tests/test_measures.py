@@ -4,9 +4,11 @@
 """
 import numpy as np
 import pytest
+import torch
 
 from evaluation import probes
 from evaluation.drums import drum_figures, has_drums, strokes, strokes_per_beat
+from evaluation.metrics import melody_accuracy
 from evaluation.notes import heard_pitches, note_figures, right_notes, true_pitch
 
 RATE = 16000
@@ -113,6 +115,16 @@ def test_notes_are_heard_through_drums_and_bass():
     assert note_figures([(mix, notes)], RATE)["notes_right"] >= 0.85
 
 
+def test_melody_accuracy_is_the_share_of_time_with_the_right_pitch_class():
+    """In any octave, whatever sounds below middle C."""
+    wave, _ = play([72, 74, 76, 77], 0.5)
+    other, _ = play([84, 86, 88, 78], 0.5)
+    bass = np.sin(2 * np.pi * 55 * np.arange(len(wave)) / RATE).astype(np.float32)
+    waves = [torch.from_numpy(one)[None, None] for one in (wave, other + 0.2 * bass)]
+    assert melody_accuracy(*waves, RATE) == pytest.approx(0.75, abs=0.03)
+    assert melody_accuracy(waves[0], waves[0], RATE) == 1
+
+
 # --- drums ------------------------------------------------------------------------------------------------
 
 def test_strokes_are_found_where_they_are():
@@ -169,9 +181,11 @@ def test_distances_of_known_differences():
     wave = 0.1 * rng.standard_normal(RATE).astype(np.float32)
     none = probes.distances([(wave, wave)], RATE)
     assert none["log_mel_l1"] == 0 and none["log_mel_frechet"] < 1e-3 and none["si_snr"] > 60
+    assert none["stft_distance"] == 0
     half = probes.distances([(wave, 0.5 * wave)], RATE)
     assert half["log_mel_l1"] == pytest.approx(6.02, abs=0.01)
     assert half["log_mel_frechet"] == pytest.approx(probes.N_MELS * 6.02 ** 2, rel=0.01)
+    assert half["stft_distance"] == pytest.approx(0.5 + np.log(2), abs=1e-3)
     quiet = 1e-6 * wave
     unheard = probes.distances([(quiet, 0 * quiet)], RATE)
     assert unheard["log_mel_l1_floored"] == 0
@@ -184,8 +198,9 @@ def test_mel_bands_are_in_dbfs():
 
 
 @pytest.mark.skipif(not probes.has_opus(), reason="needs ffmpeg, or opusenc and opusdec")
-def test_opus_is_aligned():
+def test_opus_is_aligned_and_better_with_more_bits():
     wave, _ = play([60, 64, 67, 72], 0.5)
-    output = probes.opus_roundtrip(wave, RATE)
-    assert output.shape == wave.shape
-    assert probes.distances([(wave, output)], RATE)["si_snr"] > 3
+    outputs = [probes.opus_roundtrip(wave, RATE, kbps) for kbps in (12, 32)]
+    few, many = (probes.distances([(wave, output)], RATE) for output in outputs)
+    assert outputs[0].shape == wave.shape
+    assert 3 < few["si_snr"] < many["si_snr"] and many["stft_distance"] < few["stft_distance"]

@@ -111,14 +111,35 @@ def test_page_of_files(made, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_page_of_a_model_that_hears_by_harmonics(made, tmp_path):
-    """As the shipped one does: harmonic_sum, a function, takes the place of the extractor of chroma."""
+def test_page_of_an_mp3(made, tmp_path):
+    """What is compressed already is in the page as it is."""
+    wav, rate = soundfile.read(made / "take_0.wav")
+    soundfile.write(tmp_path / "take.MP3", wav, 16000, format="MP3")
+    shutil.copy(made / "take_0.json", tmp_path / "take.json")
+    worked(command(page.main, tmp_path / "page", tmp_path / "take.MP3"))
+    source = read(tmp_path / "page").attributes("audio")[-1]["src"]
+    assert source.startswith("data:audio/mpeg;") and content(source) == (tmp_path / "take.MP3").read_bytes()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(melody_form="notes"),                      # heard_notes takes the place of the extractor of chroma
+    dict(harmonic_sum=True), dict(harmonic_sum=False),      # of former versions
+    dict(n_chroma=16), dict(n_chroma=24, melody_form="notes")])
+def test_pages_of_models_that_are_told_melodies_in_other_forms(made, tmp_path, changes):
+    """... beside a result of the same melody in the usual form: it is shown as either model hears it."""
     shutil.copy(made / "take_0.wav", tmp_path)
     facts = json.loads((made / "take_0.json").read_text(encoding="utf-8"))
-    facts["config"]["harmonic_sum"] = True
+    facts["config"] |= changes
     (tmp_path / "take_0.json").write_text(json.dumps(facts), encoding="utf-8")
-    worked(command(page.main, tmp_path / "page", tmp_path / "take_0.wav"))
-    assert len(read(tmp_path / "page").attributes("img")) == 2 + 3
+    for others in ([], [made / "take_1.wav"]):
+        folder = tmp_path / f"page{len(others)}"
+        worked(command(page.main, folder, tmp_path / "take_0.wav", *others))
+        melodies = 2 if others and any(changes.values()) else 1
+        assert len(read(folder).attributes("img")) == 2 * melodies + 3 + 3 * len(others)
+    images = read(tmp_path / "page0").attributes("img")
+    heights = [int.from_bytes(chunks_of(content(image["src"]))[b"IHDR"][4:8], "big") for image in images]
+    classes = changes.get("n_chroma", 12)
+    assert heights == [page.HEIGHT, classes, page.HEIGHT, classes, classes]
 
 
 def test_result_without_melody(world, tmp_path):

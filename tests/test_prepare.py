@@ -18,6 +18,7 @@ from config import Config, load
 from constants import ROOT
 from data import prepare
 from data.audio import read_audio
+from data.scores import read_notes
 from data.segments import TokenSegments
 from data.shards import Shard, shard_files
 from data.stems import separate
@@ -27,7 +28,7 @@ from system.errors import UserError
 SR, STRIDE, HOP = 8000, 64, 256     # the grid of segments is lcm(64, 256) = 256 samples
 CPU = torch.device("cpu")
 KEYS = set("""version sample_rate channels n_q card stride frame_rate n_chroma radix2_exp hop
-    harmonic_sum stem codec codec_sha256 shards tracks""".split())
+    melody_form stem codec codec_sha256 shards tracks""".split())
 
 
 @pytest.fixture(scope="module")
@@ -123,30 +124,58 @@ def test_prepared_equals_on_the_fly(folder, codec_dir, reference):
         assert np.array_equal(classes, pitch_classes(wav))
 
 
-def test_silence_is_a_class_of_its_own_with_the_harmonic_sum(folder, codec_dir, tmp_path):
+def test_notes_and_silence_are_classes_of_their_own(folder, codec_dir, tmp_path):
     """... and no class at all in a segment; where a melody of its own ends early, too."""
     codec = EncodecModel.from_pretrained(codec_dir)
-    config = Config(sample_rate=SR, radix2_exp=10, harmonic_sum=True)
+    config = Config(sample_rate=SR, radix2_exp=10, melody_form="notes")
     note = np.sin(2 * np.pi * 440 * np.arange(2 * SR) / SR)
     write(tmp_path / "a.wav", 0.3 * np.concatenate([note, np.zeros(SR), note]))
     write(tmp_path / "short.wav", 0.3 * note[:SR])
     preparer = prepare.Preparer(codec, config, "none", CPU)
     _, curves = preparer(tmp_path / "a.wav", tmp_path / "a.wav")
     second, edge = SR // HOP, 4
-    assert set(curves["chroma"][:2 * second - edge]) == {9}
-    assert set(curves["chroma"][2 * second + edge:3 * second - edge]) == {12}
+    assert curves["chroma"][0] == 24 + 12 + 9               # A4 begins: an odd octave
+    assert set(curves["chroma"][1:2 * second - edge]) == {12 + 9}
+    assert set(curves["chroma"][2 * second + edge:3 * second - edge]) == {48}
+    assert sorted(set(curves["chroma"][3 * second - edge:])) == [21, 45, 48]
     _, curves = preparer(tmp_path / "a.wav", tmp_path / "short.wav")
-    assert set(curves["chroma"][second + edge:]) == {12}
+    assert set(curves["chroma"][second + edge:]) == {48}
 
     items = tmp_path / "tiny.py"
     items.write_text('sample_rate = 8000\nratios = (8, 8)\nn_q = 2\ncard = 16\ndelays = (0, 1)\n'
-                     'radix2_exp = 10\nharmonic_sum = True\nstem = "none"\nsegment_duration = 5.0\n')
+                     'radix2_exp = 10\nmelody_form = "notes"\nstem = "none"\nsegment_duration = 5.0\n')
     argv = [tmp_path, "--out", tmp_path / "out", "--codec", codec_dir, "--config", items]
     assert prepare.main([str(arg) for arg in argv]) == 0
     config = load([str(items), f"--data_dir={tmp_path / 'out'}"])
     data = TokenSegments(config, "train")
     sums = data.segment(data.tracks[0], 0)["conditions"]["melody"].sum(-1)
     assert sums[:2 * second - edge].all() and not sums[2 * second + edge:3 * second - edge].any()
+
+
+@pytest.mark.parametrize("form", ["chroma", "notes"])
+def test_a_file_of_notes_is_told_in_training_as_in_sampling(codec_dir, tmp_path, form):
+    """Rests are no class at all, and the melody begins anew on its bar."""
+    write(tmp_path / "music/a.wav", music(12))
+    (tmp_path / "music/a.json").write_text('{"melody": "a.abc"}')
+    (tmp_path / "music/a.abc").write_text("X:1\nM:4/4\nL:1/4\nQ:1/4=60\nK:C\nE G z c | c2 z2 |\n")
+    items = tmp_path / "tiny.py"
+    items.write_text(f'sample_rate = {SR}\nratios = (8, 8)\nn_q = 2\ncard = 16\ndelays = (0, 1)\n'
+                     f'radix2_exp = 10\nmelody_form = "{form}"\nstem = "none"\nsegment_duration = 11.0\n')
+    assert run(tmp_path / "music", tmp_path / "out", codec_dir, "--config", items) == 0
+    config = load([str(items), f"--data_dir={tmp_path / 'out'}"])
+    data = TokenSegments(config, "train")
+    told = data.segment(data.tracks[0], 0)["conditions"]["melody"]
+    expected = read_notes(tmp_path / "music/a.abc").chroma(config, 11.0)[:len(told)]
+    assert torch.equal(told, expected) and not told[SR * 5 // HOP // 2].any()
+
+
+@pytest.mark.parametrize("form, n_chroma", [("chroma", 256), ("notes", 64)])
+def test_more_classes_than_a_byte_holds_are_refused(folder, codec_dir, tmp_path, form, n_chroma):
+    (tmp_path / "c.py").write_text(f'sample_rate = {SR}\nratios = (8, 8)\nn_q = 2\ncard = 16\n'
+                                   f'delays = (0, 1)\nmelody_form = "{form}"\n')
+    flags = ["--config", tmp_path / "c.py", "--n_chroma", n_chroma]
+    with pytest.raises(UserError, match=f"n_chroma = {n_chroma}: makes 256 melody classes"):
+        run(folder, tmp_path / "out", codec_dir, *flags)
 
 
 def test_a_segment_has_the_chroma_of_its_piece_of_the_track(folder, reference):
@@ -297,6 +326,27 @@ def test_other_settings_do_not_mix(folder, codec_dir, prepared, tmp_path, refere
     with pytest.raises(UserError, match="stem = hpss, now it is none"):
         run(folder, out, codec_dir, "--stem", "none")
     assert same(tracks(out)[0], reference[0])
+
+
+@pytest.mark.parametrize("former", [True, False])
+def test_settings_of_former_versions(folder, codec_dir, prepared, tmp_path, former):
+    """Without melody_form they were chroma, unless harmonic_sum says otherwise."""
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    for path in (out / "settings.json", out / "index.json"):
+        values = json.loads(path.read_text())
+        del values["melody_form"]
+        path.write_text(json.dumps(values | dict(harmonic_sum=former)))
+    flags = [f"--sample_rate={SR}", "--ratios=(8, 8)", "--n_q=2", "--card=16", "--delays=(0, 1)",
+             "--radix2_exp=10", "--segment_duration=1.0", f"--data_dir={out}"]
+    if not former:
+        TokenSegments(load(flags), "train")
+        assert run(folder, out, codec_dir) == 0
+        return
+    with pytest.raises(UserError, match="prepared with melody_form = harmonic_sum, .* says chroma"):
+        TokenSegments(load(flags), "train")
+    with pytest.raises(UserError, match="prepared with melody_form = harmonic_sum, now it is chroma"):
+        run(folder, out, codec_dir)
 
 
 # --- bad input --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_stems.py
 """
+import dataclasses
 import sys
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from chroma import ChromaExtractor
 from config import Config
 from data import stems
-from data.stems import harmonic_sum, hpss, pick_stem, separate
+from data.notes import pitch_classes
+from data.stems import heard_notes, hpss, pick_stem, separate
 from evaluation.metrics import chroma_agreement
 from system.errors import UserError
 
@@ -99,7 +101,7 @@ def bright_scale(cents=0.0):
 
 
 @pytest.mark.parametrize("cents", [0, 35, -40])
-def test_the_harmonic_sum_hears_bright_sounds_in_any_tuning(cents):
+def test_notes_are_heard_of_bright_sounds_in_any_tuning(cents):
     """Chroma hears them a fifth too high."""
     wav, pitches = bright_scale(cents)
     hop = CONFIG.hop
@@ -109,18 +111,42 @@ def test_the_harmonic_sum_hears_bright_sounds_in_any_tuning(cents):
 
     def right(one_hot):
         return (one_hot.argmax(-1) == classes)[inside].float().mean()
-    assert right(harmonic_sum(wav, CONFIG)[0]) == 1
+    assert right(pitch_classes(heard_notes(wav, CONFIG)[0], 12)) == 1
     assert right(ChromaExtractor(SR, radix2_exp=13)(wav)[0]) < 0.5
 
 
 def test_what_is_silent_has_no_note():
     wav, _ = bright_scale()
     wav[:, SR:2 * SR] *= 1e-3
-    notes = harmonic_sum(wav, CONFIG)[0].sum(-1)
+    notes = heard_notes(wav, CONFIG)[0].sum(-1)
     assert not notes[9:15].any() and notes[:7].all() and notes[17:].all()
     for L in (1, 5000):
-        silence = harmonic_sum(torch.zeros(2, L), CONFIG)
-        assert silence.shape == (2, L // 2048 + 1, 12) and not silence.any()
+        silence = heard_notes(torch.zeros(2, L), CONFIG)
+        assert silence.shape == (2, L // 2048 + 1, 48) and not silence.any()
+
+
+def test_a_note_begins_where_it_changes_and_where_it_is_struck_again():
+    """A4 for a second, A4 struck again, A5: held frames between; a swell over half a second is no stroke."""
+    t = np.arange(SR) / SR
+    decay = np.exp(-2 * t)
+    tone = np.sin(2 * np.pi * 440 * t) + 0.3 * np.sin(2 * np.pi * 880 * t)
+    high = np.sin(2 * np.pi * 880 * t) + 0.3 * np.sin(2 * np.pi * 1760 * t)
+    wave = np.concatenate([tone * decay, tone * decay, high * decay, tone * np.minimum(1, 0.3 + 1.4 * t)])
+    notes = heard_notes(torch.from_numpy(wave.astype(np.float32))[None], CONFIG)[0].argmax(-1)
+    begins = (notes >= 24).nonzero().flatten() * CONFIG.hop / SR
+    assert torch.allclose(begins, torch.tensor([0.0, 1.0, 2.0, 3.0]), atol=0.13)
+    assert (notes[2] % 24, notes[10] % 24, notes[18] % 24) == (21, 21, 9)   # A4 in an odd octave, A5 even
+
+
+@pytest.mark.parametrize("tremolo, vibrato", [(0.2, 0), (0, 40), (0.15, 25)])
+def test_a_voice_that_swells_or_sways_does_not_begin_again(tremolo, vibrato):
+    """A held note with a tremolo (share of its loudness) and vibrato (cents), 5 a second, begins once."""
+    config = dataclasses.replace(CONFIG, melody_form="notes")
+    sway = torch.sin(2 * torch.pi * 5 * torch.arange(6 * SR) / SR)
+    phase = 2 * torch.pi * torch.cumsum(440 * 2 ** (vibrato / 1200 * sway), 0) / SR
+    wave = 0.2 * (1 + tremolo * sway) * sum(torch.sin(h * phase) / h for h in range(1, 6))
+    assert heard_notes(wave[None], config)[0, :, 24:].sum() == 1
+
 
 
 # --- demucs -----------------------------------------------------------------------------------------------

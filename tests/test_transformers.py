@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from checkpoints.lm_formats import export_transformers, name_table
 from checkpoints.t5 import load_t5
 from commands import sampling, worked
-from constants import ROOT
+from config import Config
+from constants import LM, ROOT
 from deviations import near, same
 from encodec import EncodecModel
 from lm import LMModel
@@ -497,6 +498,13 @@ def test_sampling_settings_survive_an_export(world, tmp_path, changes):
     assert {name: getattr(again, name) for name in changes} == changes
     settings = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert settings.do_sample == (again.temperature > 0) and settings.top_p == (again.top_p or 1.0)
+
+
+def test_a_model_that_is_told_notes_is_not_exported(world, tmp_path):
+    lm = LMModel(Config(**LM | dict(melody_form="notes")))
+    with pytest.raises(UserError, match="transformers has no melody_form = 'notes'"):
+        export_transformers(lm, EncodecModel.from_pretrained(world / "lm"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("checkpoint, noted", [("lm", True), ("text", False)])

@@ -38,9 +38,8 @@ LM_RUN = SHAPE | LOOP | dict(
 CODEC_RUN = SHAPE | LOOP | dict(
     task="codec", n_filters=4, dimension=4, lstm=1, kmeans_iters=3, optim="adamw", lr=1e-3, max_norm=1.0,
     warmup=0, ema_every=1, adv=0.0, feat=0.0, mel_range=[4, 6], n_mels=4, save_every=4)
-# everything at once: k-means after 3 updates, discriminator, balancer, the decoder alone from update 14 on
-ADVERSARIAL = dict(adv=1.0, feat=1.0, disc_filters=2, disc_windows=[64, 32], unquantised_steps=3,
-                   decoder_only_steps=6)
+# everything at once: k-means after 3 updates, discriminator, balancer
+ADVERSARIAL = dict(adv=1.0, feat=1.0, disc_filters=2, disc_windows=[64, 32], unquantised=0.15)
 
 TWO_PROCESSES = {
     "ddp": {},

@@ -3,9 +3,9 @@
     python sample.py --text "a slow flute tune" --melody assets/ode_to_joy.wav --page page
     python tools/page.py page samples/*.wav       # of results that are there already
 
-Everything is inside: audio (FLAC), spectrograms and chromagrams (PNG) as data URIs, a little CSS and
-JavaScript. No network, no framework. What is known of a result comes from the JSON beside it, as sample.py
-writes it.
+Everything is inside: audio (as it was written, a wav as FLAC), spectrograms and chromagrams (PNG) as data
+URIs, a little CSS and JavaScript. No network, no framework. `--out take.mp3` makes a page a quarter as large.
+What is known of a result comes from the JSON beside it, as sample.py writes it.
 """
 import base64
 import html
@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, 
 from chroma import ChromaExtractor
 from config import Config, without_former_keys
 from data.audio import read_audio
-from data.stems import harmonic_sum, separate
+from data.notes import pitch_classes
+from data.stems import heard_notes, separate
 from evaluation.metrics import chroma_agreement
 from sampling.melodies import again, notes_of
 from system.command import Parser, run
@@ -36,10 +37,11 @@ from system.files import read_json, write_atomic
 WIDTH, HEIGHT = 1000, 150       # pixels of a spectrogram, at most
 FLOOR = 60                      # dB below the loudest that is black
 LOUDNESS = "spectrogram, 60 Hz to 6 kHz"
-MELODY = "what the model hears of it: one pitch class a frame, C at the bottom, B on top"
+MELODY = "the pitch classes that the model hears in it, C at the bottom"
 HEAT = ((0, 0, 4), (40, 17, 89), (114, 31, 129), (183, 55, 121), (241, 96, 93), (254, 176, 120),
         (252, 253, 191))
 NOTES = ((241, 238, 230), (200, 80, 60))
+AUDIO = {".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}      # what browsers are told
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -95,26 +97,30 @@ def picture(values, colors, name: str) -> str:
             f'<img alt="{name}" src="{uri("image/png", png(values, colors))}"><i></i></div></figure>')
 
 
-def player(wav, sample_rate: int, pictures: list, name: str) -> str:
-    """A player of wave (C, L): it shows where it is in the HTML pictures, and a click in one goes there."""
+def flac(wav, sample_rate: int) -> bytes:
+    """Wave (C, L) as the content of a FLAC file."""
     buffer = io.BytesIO()
     soundfile.write(buffer, wav.T.numpy().clip(-1, 1), sample_rate, format="FLAC", subtype="PCM_16")
-    source = uri("audio/flac", buffer.getvalue())
-    save = f'<a download="{html.escape(name, quote=True)}.flac" href="{source}">save</a>'
-    bar = f'<div class="bar"><audio controls preload="auto" src="{source}"></audio>{save}</div>'
-    return f'<div class="player">{bar}{"".join(pictures)}</div>'
+    return buffer.getvalue()
 
 
-def melody_card(path: Path, wav, chroma, sample_rate: int) -> str:
-    """A melody: wave (C, L) and chroma (M, Q)."""
+def player(sound: bytes, suffix: str, pictures: list, name: str) -> str:
+    """A player of an audio file: it shows where it is in the HTML pictures, and a click in one goes there."""
+    save = f'<a download="{html.escape(name, quote=True)}{suffix}">save</a>'
+    audio = f'<audio controls preload="auto" src="{uri(AUDIO[suffix], sound)}"></audio>'
+    return f'<div class="player"><div class="bar">{audio}{save}</div>{"".join(pictures)}</div>'
+
+
+def melody_card(path: Path, wav, heard, sample_rate: int) -> str:
+    """A melody: wave (C, L) and the pitch classes that a model is told (M, n_chroma)."""
     loudness = picture(spectrogram(wav, sample_rate), HEAT, LOUDNESS)
-    notes = picture(chroma.T.flip(0), NOTES, MELODY)
-    sound = player(wav, sample_rate, [loudness, notes], path.stem)
+    notes = picture(heard.T.flip(0), NOTES, MELODY)
+    sound = player(flac(wav, sample_rate), ".flac", [loudness, notes], path.stem)
     return f"<section><h2><b>melody</b> {html.escape(path.name)}</h2>{sound}</section>"
 
 
-def result_card(metadata: dict, wav, asked, played, sample_rate: int, name: str) -> str:
-    """A result: wave (C, L), the chroma that was asked for (None for none) and that of the music, (M, Q)."""
+def result_card(metadata: dict, out: Path, wav, asked, played, sample_rate: int) -> str:
+    """A result: its wave (C, L), the chroma asked for (None for none) and that played, (M, n_chroma)."""
     facts = [f"seed {metadata.get('seed')}"]
     pictures = [picture(spectrogram(wav, sample_rate), HEAT, LOUDNESS)]
     stem = ""
@@ -128,7 +134,12 @@ def result_card(metadata: dict, wav, asked, played, sample_rate: int, name: str)
     text = f"“{metadata['text']}”" if metadata.get("text") else "no text"
     heading = f'<h2>{html.escape(text)}</h2><p>{html.escape(" · ".join(facts))}</p>'
     command = f"<pre>{html.escape(metadata.get('command', ''))}</pre>"
-    return f"<section>{heading}{player(wav, sample_rate, pictures, name)}{command}</section>"
+    suffix = out.suffix.lower()
+    if suffix in AUDIO:
+        sound = player(out.read_bytes(), suffix, pictures, out.stem)
+    else:
+        sound = player(flac(wav, sample_rate), ".flac", pictures, out.stem)
+    return f"<section>{heading}{sound}{command}</section>"
 
 
 def made_card(metadata: dict, command: str) -> str:
@@ -174,6 +185,7 @@ for (const player of document.querySelectorAll(".player")) {
   const audio = player.querySelector("audio"), lines = player.querySelectorAll(".seek i");
   const show = () => { for (const line of lines) {
     line.style.opacity = 1; line.style.left = 100 * audio.currentTime / audio.duration + "%" } };
+  player.querySelector("a").href = audio.src;
   const follow = () => { show(); if (!audio.paused) requestAnimationFrame(follow) };
   audio.onplay = () => {
     for (const other of document.querySelectorAll("audio")) if (other !== audio) other.pause(); follow() };
@@ -199,7 +211,10 @@ def read_metadata(path: Path) -> tuple[dict, Config]:
     """What sample.py wrote beside a result, and the configuration in it. Raises UserError naming the file."""
     metadata = read_json(path)
     with as_user_error(f"{path}: not written by sample.py"):
-        config = Config(**without_former_keys(metadata["config"], path))
+        values = dict(metadata["config"])
+        if values.pop("harmonic_sum", False):       # of a former model: pitch classes of what is now "notes"
+            values["melody_form"] = "notes"
+        config = Config(**without_former_keys(values, path))
         metadata["settings"] = dict(metadata.get("settings") or {})
         for key in ("text", "melody", "notes", "meter", "stem", "command"):
             if not isinstance(metadata.get(key, ""), str):
@@ -208,36 +223,43 @@ def read_metadata(path: Path) -> tuple[dict, Config]:
     return metadata, config
 
 
+def listener(config: Config, stem: str):
+    """A function from a wave (C, L) to the pitch classes (M, n_chroma) that a model is told of it."""
+    hear = ChromaExtractor(config.sample_rate, config.n_chroma, config.radix2_exp)
+    if config.melody_form == "notes":
+        hear = partial(heard_notes, config=config)
+    return lambda wav: pitch_classes(hear(separate(wav, config.sample_rate, stem))[0], config.n_chroma)
+
+
 def write_page(path, outs, command: str = ""):
     """Writes the page of the results `outs` (audio files of sample.py, its JSON beside each) to `path`.
 
     command: the one that made them. Raises UserError naming a file that is missing or no result of sample.py.
     """
-    melodies, results = {}, []      # (file, stem): (wave, chroma, sample rate); HTML
+    melodies, results = {}, []      # (file, how it is heard): (wave, pitch classes, sample rate); HTML
     for out in map(Path, outs):
         metadata, config = read_metadata(out.with_suffix(".json"))
         rate, stem = config.sample_rate, metadata.get("stem") or config.stem
-        one_class = ChromaExtractor(rate, config.n_chroma, config.radix2_exp)
-        if config.harmonic_sum:
-            one_class = partial(harmonic_sum, config=config)
+        hear = listener(config, stem)
         all_classes = ChromaExtractor(rate, config.n_chroma, config.radix2_exp, argmax=False)
         wav, asked = read_audio(out, rate, config.channels), None           # (C, L)
         notes = notes_of(*(metadata.get(key) for key in ("notes", "melody", "bpm", "meter")))
         if notes is not None:
-            asked = notes.chroma(config, wav.shape[1] / rate)
+            asked = pitch_classes(notes.chroma(config, wav.shape[1] / rate), config.n_chroma)
         elif metadata.get("melody"):
             file = str(metadata["melody"])
-            if (file, stem) not in melodies:
+            key = file, stem, rate, config.n_chroma, config.radix2_exp, config.melody_form
+            if key not in melodies:
                 melody = read_audio(file, rate, 1, duration=wav.shape[1] / rate + 60)
-                melodies[file, stem] = melody, one_class(separate(melody, rate, stem))[0], rate
-            melody, chroma, _ = melodies[file, stem]
+                melodies[key] = melody, hear(melody), rate
+            melody, heard, _ = melodies[key]
             repeated = again(melody, rate, wav.shape[1] / rate + config.segment_duration)
             if repeated.shape != melody.shape:
-                chroma = one_class(separate(repeated, rate, stem))[0]
-            asked = chroma[:all_classes.frames(wav.shape[1])]                       # (M, Q)
+                heard = hear(repeated)
+            asked = heard[:all_classes.frames(wav.shape[1])]                # (M, n_chroma)
         played = all_classes(separate(wav, rate, stem if asked is not None else "none"))[0]
-        results.append(result_card(metadata, wav, asked, played, rate, out.stem))
-    cards = [melody_card(Path(file), *melody) for (file, _), melody in melodies.items()]
+        results.append(result_card(metadata, out, wav, asked, played, rate))
+    cards = [melody_card(Path(file), *melody) for (file, *_), melody in melodies.items()]
     cards += results + [made_card(metadata, command)]
     count = f"{len(results)} piece{'s' * (len(results) > 1)} of music"
     page = f"""<!doctype html>

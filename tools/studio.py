@@ -21,7 +21,7 @@ import torch
 
 from config import FIELDS
 from data.audio import conversion, read_audio, to_int16, write_audio
-from data.notes import FASTEST, SLOWEST, parse_notes
+from data.notes import FASTEST, SLOWEST, parse_notes, pitch_classes
 from data.vocabulary import FILLERS
 from sampling.melodies import BPM, melody_chroma
 from sampling.takes import DEFAULT_CHECKPOINT, SETTINGS, metadata, tags_of
@@ -74,8 +74,9 @@ def check_wish(wish) -> dict:
     return checked
 
 
-def pitch_classes(chroma) -> list[int]:
-    """Chroma (M, Q) -> the strongest pitch class of each frame, -1 where there is none."""
+def strongest_classes(melody, n_chroma: int) -> list[int]:
+    """Melody (M, Q) -> the strongest pitch class of each frame, -1 where there is none."""
+    chroma = pitch_classes(melody, n_chroma)
     silent = chroma.amax(-1) == 0
     return chroma.argmax(-1).masked_fill(silent, -1).tolist()
 
@@ -117,7 +118,9 @@ class Studio:
     def about(self) -> dict:
         """What the page must know of the model."""
         config = self.model.config
-        words = config.t5_words.split() if config.t5 == "words" else None
+        words = None
+        if config.t5 == "words":
+            words = [word for word in config.t5_words.split() if word.isalnum() and word not in FILLERS]
         checkpoint = self.loading["checkpoint"]
         shipped = checkpoint == str(DEFAULT_CHECKPOINT)
         settings = {flag: getattr(config, key) for flag, key in SETTINGS.items()}
@@ -145,7 +148,7 @@ class Studio:
             notes.append(f"the recording is long: its first {MAX_MELODY:g} s are used")
         number = next(self.melody_numbers)
         write_audio(self.melody_file(number), wav, rate)
-        classes = pitch_classes(self.model.melody_chroma(wav))
+        classes = strongest_classes(self.model.melody_chroma(wav), self.model.config.n_chroma)
         self.melodies.append(number)
         while len(self.melodies) > MAX_MELODIES:
             self.melody_file(self.melodies.pop(0)).unlink()
@@ -238,7 +241,8 @@ class Studio:
             with naming("notes"):
                 notes = parse_notes(args.notes, args.bpm or BPM) if args.notes else None
             chromas = [melody_chroma(model, args, melody, notes, 0.0)]
-            classes = pitch_classes(chromas[0])[:math.ceil(args.duration / self.frame_seconds())]
+            classes = strongest_classes(chromas[0], self.model.config.n_chroma)
+            classes = classes[:math.ceil(args.duration / self.frame_seconds())]
         settings = {name: wish[name] for name in SETTINGS if wish[name] is not None}
         codes = model.stream_codes([wish["text"]], chromas, prompt, args.duration, [wish["seed"]], **settings)
         waves = model.decode_stream(codes, args.duration, CHUNK)

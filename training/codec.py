@@ -20,7 +20,7 @@ from evaluation.metrics import chroma_agreement, chroma_of, codebook_use, recons
 from system.errors import UserError
 from system.processes import process_count, rank, sum_over_processes
 from training.discriminator import MultiScaleSTFTDiscriminator
-from training.losses import Balancer, codec_losses, discriminator_loss, generator_losses
+from training.losses import Balancer, codec_losses, discriminator_loss, generator_losses, mel_floor
 from training.parallel import autocast, wrap
 
 
@@ -47,40 +47,30 @@ class CodecTraining:
             self.module.load_state_dict(start.state_dict())
         self.module.to(device)
 
-        names = ("l1", "msspec", "sc", "adv", "feat")
+        names = ("l1", "msspec", "log_mel", "sc", "adv", "feat")
         self.weights = {name: getattr(config, name) for name in names if getattr(config, name)}
         if not self.weights:
-            raise UserError("l1, msspec, sc, adv and feat are all 0: at least one of them must be positive")
+            raise UserError("l1, msspec, log_mel, sc, adv and feat are all 0: at least one of them must "
+                            "be positive")
         self.extra = nn.ModuleDict({"balancer": Balancer(self.weights, config.balancer_decay)}).to(device)
         self.adversarial = bool(config.adv or config.feat)
         if self.adversarial:
             self.extra["discriminator"] = MultiScaleSTFTDiscriminator(config).to(device)
             self.discriminate = wrap(self.extra["discriminator"], config)
-        self.frozen = None  # is set, and the module wrapped, by `prepare`
-
-    def prepare(self, update: int, ema):
-        """The mode for this update. In the last ones only the decoder learns, behind the averaged encoder."""
-        remaining = self.config.total_updates - update
-        if remaining == self.config.decoder_only_steps:
-            ema.copy_to_module()
-        frozen = remaining <= self.config.decoder_only_steps
-        self.module.train()
-        self.module.freeze_encoder(frozen)
-        if frozen != self.frozen:  # DDP looks only once for what has gradients
-            self.frozen = frozen
-            self.forward = wrap(self.module, self.config)
+        self.forward = wrap(self.module, config)
 
     def loss(self, batch: dict, update: int):
         """A batch -> (what to call backward on, {name: number to log})."""
-        config = self.config
+        config, progress = self.config, update / self.config.total_updates
         wav = batch["wav"].to(self.device, non_blocking=True)  # (B, C, L)
         with autocast(self.device, config.dtype):
-            output, _, commit = self.forward(wav, quantize=update >= config.unquantised_steps)
+            output, _, commit = self.forward(wav, quantize=progress >= config.unquantised)
         output = output.float()
 
         # The losses see a leaf: their gradient with respect to it, balanced or not, is then sent on.
         leaf = output.detach().requires_grad_()
-        losses = self.reconstruction_losses(wav, leaf)
+        floor = mel_floor(config, progress)
+        losses = self.reconstruction_losses(wav, leaf, floor)
         total = sum(self.weights[name] * loss for name, loss in losses.items())  # equation 4
         if config.balancer:
             self.extra["balancer"].backward(losses, leaf)  # equation 5
@@ -97,9 +87,9 @@ class CodecTraining:
             loss = loss + logged["disc"]
         return loss, {name: value.detach() for name, value in logged.items()}
 
-    def reconstruction_losses(self, wav, output) -> dict:
+    def reconstruction_losses(self, wav, output, floor: float) -> dict:
         """Wave and reconstruction (B, C, L) -> {name: loss} of all that have a weight."""
-        losses = codec_losses(self.config, wav, output)
+        losses = codec_losses(self.config, wav, output, floor)
         if self.adversarial:
             discriminator = self.extra["discriminator"]
             adversarial = generator_losses(discriminator(output), discriminator(wav))

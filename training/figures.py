@@ -24,12 +24,15 @@ def rounded(value):
 
 
 FEW_LIVE = 0.3      # of the entries of a codebook
-POOR = -10.0        # dB SI-SNR; config/tiny_codec.py has -2 after a fourth of its run, and 1 at the end
+POOR = -10.0        # dB SI-SNR; config/tiny_codec.py has -3 when its quantizer has learned for 5 % of the run
 
 
 def signs_of_collapse(config, figures: dict) -> list[str]:
-    """What a validation of the codec shows to be wrong, in sentences; nothing in the first tenth of a run."""
-    early = max(config.unquantised_steps, config.total_updates / 10)
+    """What a validation of the codec shows to be wrong, in sentences.
+
+    Nothing until the quantizer has learned for a tenth of the run: without it there is no reconstruction.
+    """
+    early = (config.unquantised + 0.1) * config.total_updates
     if "live" not in figures or figures["update"] <= early:
         return []
     sentences = []
@@ -43,5 +46,5 @@ def signs_of_collapse(config, figures: dict) -> list[str]:
         dtype = ", --dtype=float32" if config.dtype != "float32" else ""
         sentences.append(f"Often the learning rate is too high, or the encoder moves faster than its "
                          f"codebooks: try --lr={config.lr / 4:g}{dtype}, or a longer --warmup and "
-                         f"--unquantised_steps")
+                         f"--unquantised")
     return sentences

@@ -34,9 +34,10 @@ def inherit_architecture(config: Config, codec: str = "") -> Config:
                             f"name another one")
         if (directory / "codec").is_dir():
             source = dataclasses.replace(source, codec=str(directory / "codec"))
-    source.chroma_length = source.chroma_frames     # melodies keep their length, whatever segment_duration is
-    inherited = {key: getattr(source, key) for key in INHERITED}
-    return dataclasses.replace(config, **inherited | ({"codec": codec} if codec else {}))
+    inherited = {key: getattr(source, key) for key in INHERITED} | ({"codec": codec} if codec else {})
+    config = dataclasses.replace(config, **inherited | {"chroma_length": 0})
+    # melodies keep their length where segments get shorter, and grow with longer ones
+    return dataclasses.replace(config, chroma_length=max(source.chroma_frames, config.chroma_frames))
 
 
 class LoRA(nn.Module):

@@ -2,7 +2,7 @@
 
     x: a wave    y: its reconstruction    D: the discriminator (training/discriminator.py)
 
-    l1, msspec, sc    y against x, as waves and as spectrograms    codec_losses
+    l1, msspec, log_mel, sc    y against x, as waves and as spectrograms    codec_losses
     adv, feat         D(y), and the feature maps of D for x and y  generator_losses
     disc              what D itself learns from                    discriminator_loss
     commit            latents against their entries                in rvq.py
@@ -60,37 +60,55 @@ def power_spectrogram(wav, n_fft: int):
     return power.view(B, C, *power.shape[1:])
 
 
-def codec_losses(config: Config, wav, reconstruction) -> dict:
-    """Waves x and y (B, C, L) -> {name: loss} of l1, msspec and sc, those with a weight in config.
+def mel_floor(config: Config, progress: float) -> float:
+    """What is added before the logarithm, after this share of the run.
+
+    With a low floor, all errors count alike, near silence too, and nothing is learned at first. So it may
+    start high: it then falls evenly, in dB, until 60 % of the run.
+    """
+    if not config.mel_floor_start:
+        return config.mel_floor
+    return config.mel_floor_start * (config.mel_floor / config.mel_floor_start) ** min(1.0, progress / 0.6)
+
+
+def codec_losses(config: Config, wav, reconstruction, floor: float) -> dict:
+    """Waves x and y (B, C, L) -> {name: loss} of l1, msspec, log_mel and sc, those with a weight in config.
 
     l1      mean |x - y|
     msspec  half of mean |M_x - M_y| + mean (log10 M_x - log10 M_y)^2, M: mel spectrograms; averaged over
             windows of 2 ** mel_range samples. As in audiocraft: equation 1 has a norm instead of that square
+    log_mel mean |log10 M_x - log10 M_y|, averaged over the same windows
     sc      spectral convergence |S_x - S_y| / |S_x|, S: magnitudes, Frobenius norms; summed over windows
     """
-    losses = {"l1": F.l1_loss(reconstruction, wav), "msspec": 0.0, "sc": 0.0}
+    names = ("l1", "msspec", "log_mel", "sc")
+    losses = {name: 0.0 for name in names if getattr(config, name) > 0}     # the others are not computed
+    if "l1" in losses:
+        losses["l1"] = F.l1_loss(reconstruction, wav)
     windows = [2 ** exponent for exponent in range(*config.mel_range)]
-    spectral = config.msspec > 0 or config.sc > 0
-    for n_fft in windows if spectral else []:
-        filters = mel_filters(n_fft, config.sample_rate, config.n_mels, wav.device)
+    for n_fft in windows if losses.keys() - {"l1"} else []:
         power_x = power_spectrogram(wav.float(), n_fft)
         power_y = power_spectrogram(reconstruction.float(), n_fft)
-        mel_x = power_x.mT @ filters  # (B, C, frames, n_mels)
-        mel_y = power_y.mT @ filters
-        log_x = (mel_x + config.mel_floor).log10()
-        log_y = (mel_y + config.mel_floor).log10()
-        distance = (mel_x - mel_y).abs().mean() + (log_x - log_y).square().mean()
-        losses["msspec"] += distance / (2 * len(windows))
-        magnitude_x = (power_x + 1e-10).sqrt()
-        magnitude_y = (power_y + 1e-10).sqrt()
-        losses["sc"] += (magnitude_x - magnitude_y).norm() / magnitude_x.norm()
-    return {name: loss for name, loss in losses.items() if getattr(config, name) > 0}
+        if losses.keys() & {"msspec", "log_mel"}:
+            filters = mel_filters(n_fft, config.sample_rate, config.n_mels, wav.device)
+            mel_x = power_x.mT @ filters  # (B, C, frames, n_mels)
+            mel_y = power_y.mT @ filters
+            difference = (mel_x + floor).log10() - (mel_y + floor).log10()
+        if "msspec" in losses:
+            distance = (mel_x - mel_y).abs().mean() + difference.square().mean()
+            losses["msspec"] += distance / (2 * len(windows))
+        if "log_mel" in losses:
+            losses["log_mel"] += difference.abs().mean() / len(windows)
+        if "sc" in losses:
+            magnitude_x = (power_x + 1e-10).sqrt()
+            magnitude_y = (power_y + 1e-10).sqrt()
+            losses["sc"] += (magnitude_x - magnitude_y).norm() / magnitude_x.norm()
+    return losses
 
 
 def mel_loss(config: Config, wav, reconstruction):
     """Multi-scale mel distance (msspec) of two waves (B, C, L)."""
     config = dataclasses.replace(config, msspec=1.0)
-    return codec_losses(config, wav, reconstruction)["msspec"]
+    return codec_losses(config, wav, reconstruction, config.mel_floor)["msspec"]
 
 
 # --- adversarial losses ---------------------------------------------------------------------------

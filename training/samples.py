@@ -10,6 +10,7 @@ import torch
 
 from config import Config
 from data.audio import write_audio
+from data.notes import pitch_classes
 from data.segments import TokenSegments, spread
 from system.files import write_atomic
 
@@ -38,7 +39,7 @@ def write_samples(model, data: TokenSegments, out: Path, update: int) -> dict:
 
 def melody_figures(config: Config, wavs, melodies: list) -> dict:
     """Waves (B, C, L) against the melodies asked for, chroma (M, Q) or None each: means over the batch."""
-    none = torch.zeros(config.chroma_frames, config.n_chroma)
+    none = torch.zeros(config.chroma_frames, config.melody_classes)
     asked = torch.stack([none if melody is None else melody for melody in melodies])
-    cosine, agreement = compare_chroma(melody_of(config, wavs), asked)
+    cosine, agreement = compare_chroma(melody_of(config, wavs), pitch_classes(asked, config.n_chroma))
     return {"chroma_cosine": cosine.mean().item(), "chroma_agreement": agreement.mean().item()}

@@ -33,7 +33,7 @@ assert lm.segment_frames == 128 and lm.codec == codec.out_dir, (lm.segment_frame
 
 SHORT = ["--epochs=1", "--updates_per_epoch=2", "--batch_size=2", "--valid_every=0", "--sample_every=0",
          "--device=cpu"]
-NARROW_CODEC = ["--n_filters=2", "--kmeans_iters=1", "--unquantised_steps=0", "--decoder_only_steps=0"]
+NARROW_CODEC = ["--n_filters=2", "--kmeans_iters=1", "--unquantised=0"]
 NARROW_LM = ["--dim=16", "--num_heads=2", "--num_layers=1", "--t5_dim=16", "--t5_layers=1", "--stem=none"]
 with tempfile.TemporaryDirectory() as folder:       # all of it, at a thousandth of the length
     audio, tokens, codec_dir, lm_dir = (f"{folder}/{name}" for name in ("audio", "tokens", "codec", "lm"))
