@@ -192,7 +192,7 @@ class LMModel(nn.Module):
     def forward(self, sequence, conditions=Conditions(), cache=None):
         """Sequence (B, K, S) -> logits (B, K, S, V): column s is the prediction of column s + 1.
 
-        With a `cache` the sequence continues what the cache has seen. The prefix enters at the first call.
+        With a `cache` it continues what that has seen: the prefix enters first, the last column alone comes out.
         """
         B, K, S = sequence.shape
         if K != self.config.n_q:
@@ -221,9 +221,9 @@ class LMModel(nn.Module):
             x = x.gather(1, way_back[..., None].expand_as(x))
         else:
             x = self.run_layers(x, angles, conditions)
-        x = x[:, P:]                            # the prefix is neither trained on nor returned: (B, S, D)
+        x = x[:, P:] if cache is None else x[:, -1:]    # the prefix is neither trained on nor returned
         logits = self.lm_heads(self.out_norm(x))                            # (B, S, K * V)
-        return logits.view(B, S, K, -1).transpose(1, 2)                     # (B, K, S, V)
+        return logits.unflatten(-1, (K, -1)).transpose(1, 2)                # (B, K, S, V)
 
     def run_layers(self, x, angles, conditions, cache=None):
         """x (B, P + S, D) through all layers."""

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoints.files import INT4, QUANTIZERS, columns_of, quantize_rows
+from checkpoints.files import INT4, QUANTIZERS, columns_of
 from conditioners import Conditions
 from config import Config
-from lm import Cache, LayerCache, LMModel, Projection
-from speed.kernels import ARM, KINDS, data_pointers, has_bfloat16, kernels
+from lm import Cache, LayerCache, LMModel, Projection, rotate
+from speed.kernels import ARM, KINDS, data_pointers, has_bfloat16, has_tiles, kernels
 from speed.products import block_attention, product
 from system.errors import UserError
 
@@ -68,10 +68,15 @@ class PackedLinear(nn.Module):
             return y
         if few:
             return few_rows(x.flatten(0, -2), weight, scale).view(*x.shape[:-1], R).float()
+        y = self.many_rows(x, start, end).to(self.results)
+        return y if scale is None else y.mul_(scale.to(y.dtype))
+
+    def many_rows(self, x, start: int, end: int):
+        """The outputs start ... end for many rows, without the scale and in the dtype `many`."""
+        weight = self.weight[start:end]
         if weight.dtype == INT4:
             weight = unpacked(weight)
-        y = product(x.to(self.many), weight.to(self.many)).to(self.results)
-        return y if scale is None else y.mul_(scale.to(y.dtype))
+        return product(x.to(self.many), weight.to(self.many))
 
 
 def unpacked(weight):
@@ -107,7 +112,22 @@ class PackedCache(Cache):
         self.scores = torch.empty(batch, H, max_length, dtype=self.dtype)
         self.table = None           # addresses of the tensors of all layers, once they are all there
         self.condition_length, self.condition_bias = 0, None
+        self.first_bias = None      # of all positions that are there at the beginning
         self.layers = [PackedLayerCache(self, n) for n in range(N)]
+
+    def bias(self, new: int, dtype=None):
+        """As Cache's, and the same for all layers."""
+        if self.first_bias is None and self.padding_bias is not None:
+            self.first_bias = super().bias(new).to(dtype or self.dtype)
+        return self.first_bias
+
+    def padding(self, length: int, dtype):
+        """What is added to the scores of a query that comes after `length` positions, or None for nothing."""
+        return None if self.padding_bias is None else self.padding_bias[..., :length].to(dtype)
+
+    def end(self, P: int, S: int):
+        super().end(P, S)
+        self.first_bias = None
 
     def decode(self, layers, x, angles, conditions: Conditions):
         """x (B, 1, D) through all layers, in one call of kernels.c; angles (B, 1, E/2) or None."""
@@ -178,20 +198,26 @@ class PackedLayerCache:
         return out
 
     def attend_first(self, q, k, v):
-        """The prefix and what else is there at the beginning, all at once."""
-        S, E = q.shape[2:]
+        """The prefix and what else is there at the beginning, all at once; q of all of it or of its end."""
+        (B, H, n, E), S = q.shape, k.shape[2]
         for new, data, scale in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
-            if data.dtype == torch.int8:
-                new, scale[:, :, :S] = quantize_rows(new.float())
-            data[:, :, :S] = new
-        if self.k.dtype != torch.float32 and has_bfloat16():
+            rows = new.transpose(1, 2)
+            if rows.stride()[1:] != (rows.stride(1), E, 1) or rows.stride(0) != S * rows.stride(1):
+                rows = rows.contiguous()        # (B, S, H, E), heads next to each other
+            kernels().store_first(
+                torch.get_num_threads(), KINDS[rows.dtype], rows.data_ptr(), KINDS[data.dtype],
+                *data_pointers(data, dtype=data.dtype), *data_pointers(scale),
+                B, H, S, data.shape[2], E, rows.stride(1))
+        kind = torch.bfloat16 if self.k.dtype != torch.float32 and has_bfloat16() else torch.float32
+        if kind == torch.bfloat16 and n == S and not has_tiles():
             bias = self.cache.padding_bias
             if bias is not None:
-                bias = bias[..., :S].bfloat16()
-            q, k, v = (t.bfloat16().contiguous() for t in (q * E ** -0.5, k, v))
+                bias = bias[..., :S].to(kind)
+            q, k, v = (t.to(kind).contiguous() for t in (q * E ** -0.5, k, v))
             return block_attention(q, k, v, bias)
-        bias = self.cache.bias(S)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+        bias = self.cache.bias(S, kind) if n == S else self.cache.padding(S, kind)
+        q, k, v = (t.to(kind) if kind == torch.bfloat16 else t.contiguous() for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and n == S)
 
 
 class HalfCache(Cache):
@@ -235,10 +261,60 @@ class PackedLMModel(LMModel):
 
     def run_layers(self, x, angles, conditions: Conditions, cache=None):
         """As LMModel's, but once the cache has begun all layers in one call of kernels.c."""
-        B, _, D = x.shape
+        B, S, D = x.shape
+        if cache is not None and cache.length == 0 and S > 1:
+            return self.run_first(x, angles, conditions, cache)
         if cache is None or cache.length == 0 or B > FEW or D % 8:
             return super().run_layers(x, angles, conditions, cache)
         return cache.decode(self.layers, x, angles, conditions)
+
+    def run_first(self, x, angles, conditions: Conditions, cache):
+        """x (B, S, D), all that is there at the beginning -> what the layers make of the last one, (B, 1, D).
+
+        Of the others the last layer needs keys and values alone.
+        """
+        x = x.float().clone(memory_format=torch.contiguous_format)
+        for layer, kept in zip(self.layers, cache.layers):
+            n = 1 if layer is self.layers[-1] else x.shape[1]
+            normed = add_norm(x, None, None, layer.norm1, layer.attn.qkv.many)
+            first = first_attention(layer.attn, normed, angles, kept, n)
+            x = x[:, x.shape[1] - n:].contiguous()
+            if layer.cross_attn is not None and conditions.cross is not None:
+                normed = add_norm(x, *first, layer.norm_cross)
+                cross = layer.cross_attn(normed, conditions.cross, conditions.cross_mask, kept)
+                first = cross.to(normed.dtype), None
+            normed = add_norm(x, *first, layer.norm2)
+            hidden = layer.ff1.many_rows(normed, 0, len(layer.ff1.weight))
+            kernels().gelu(
+                torch.get_num_threads(), KINDS[hidden.dtype], *data_pointers(hidden, dtype=hidden.dtype),
+                *data_pointers(layer.ff1.scale), hidden.shape[-1], hidden.numel() // hidden.shape[-1])
+            add_norm(x, layer.ff2.many_rows(hidden, 0, len(layer.ff2.weight)), layer.ff2.scale, None)
+        return x
+
+
+def add_norm(x, y, scale, norm, dtype=None):
+    """x (B, S, D) += scale y, if there is a y -> norm(x), if there is a norm, in the dtype of y."""
+    D, kind = x.shape[-1], dtype or y.dtype
+    out, weight, bias = None, None, None
+    if norm is not None:
+        out, weight, bias = torch.empty_like(x, dtype=kind), norm.weight, norm.bias
+    kernels().add_norm(
+        torch.get_num_threads(), *data_pointers(x), KINDS[kind], *data_pointers(y, dtype=kind),
+        *data_pointers(scale, weight, bias), KINDS[kind], *data_pointers(out, dtype=kind), D, x.numel() // D)
+    return out
+
+
+def first_attention(attn, x, angles, cache: PackedLayerCache, n: int):
+    """attn(x, angles, cache) of the last n positions: x (B, S, D) -> (B, n, D), and a scale for it or None."""
+    B, S, D = x.shape
+    H = attn.num_heads
+    q = attn.qkv.rows(x[:, S - n:], 0, D).view(B, n, H, -1).transpose(1, 2)
+    k, v = attn.qkv.rows(x, D, 3 * D).view(B, S, 2, H, -1).permute(2, 0, 3, 1, 4)
+    q, k = attn.q_norm(q), attn.k_norm(k)                                   # (B, H, n or S, E)
+    if angles is not None:
+        q, k = rotate(q, angles[:, S - n:]), rotate(k, angles)
+    y = cache.attend(q, k, v).transpose(1, 2).reshape(B, n, D)
+    return attn.out.many_rows(y, 0, D), attn.out.scale
 
 
 def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:

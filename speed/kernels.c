@@ -894,6 +894,129 @@ void decode(int threads, int kind, const struct layer *layer, long N, float *x, 
     free(qkv);
 }
 
+/* --- many positions at the beginning --------------------------------------------------------------------
+   Their products are torch's; what stands between these passes over memory once. Numbers of a `kind`: in
+   float32 or bfloat16. columns is a multiple of LANES, scale (columns) can be missing. */
+
+/* LANES numbers to index i on. */
+INLINE void put(floats x, void *data, long i, int kind)
+{
+    if (kind == FLOAT32) {
+        FLOATS((float *)data + i) = x;
+        return;
+    }
+    ints bits = (ints)x;
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    for (long j = 0; j < LANES; j++)
+        ((uint16_t *)data)[i + j] = bits[j];
+}
+
+struct rows {
+    int kind, out_kind;
+    float *x;
+    void *y;
+    const float *scale;
+    struct norm norm;
+    void *out;
+    long columns, batch;
+};
+
+INLINE void add_row(const struct rows *a, long i, int kind, int out_kind)
+{
+    float *x = a->x + i * a->columns;
+    floats sum = {0}, squares = {0};
+    for (long c = 0; c < a->columns; c += LANES) {
+        if (a->y)
+            FLOATS(x + c) += load(a->y, i * a->columns + c, kind) * (a->scale ? FLOATS(a->scale + c) : all(1));
+        sum += FLOATS(x + c);
+    }
+    if (!a->out)
+        return;
+    float mean = total(sum) / a->columns;
+    for (long c = 0; c < a->columns; c += LANES) {
+        floats centered = FLOATS(x + c) - mean;
+        squares += centered * centered;
+    }
+    float factor = 1 / sqrtf(total(squares) / a->columns + 1e-5f);
+    for (long c = 0; c < a->columns; c += LANES)
+        put((FLOATS(x + c) - mean) * factor * FLOATS(a->norm.weight + c) + FLOATS(a->norm.bias + c), a->out,
+            i * a->columns + c, out_kind);
+}
+
+static void add_part(void *job)
+{
+    struct rows a = *(struct rows *)job;
+    struct part part = my_part(a.batch);
+    for (long i = part.first; i < part.end; i++)
+        if (a.kind == BFLOAT16)
+            add_row(&a, i, BFLOAT16, BFLOAT16);
+        else
+            add_row(&a, i, FLOAT32, a.out_kind);
+}
+
+/* x (batch, columns) += scale y, if there is a y, in bfloat16 only if out is; then out = norm(x), if there is
+   an out. */
+void add_norm(int threads, float *x, int kind, void *y, const float *scale, const float *weight,
+              const float *bias, int out_kind, void *out, long columns, long batch)
+{
+    struct rows job = {kind, out_kind, x, y, scale, {weight, bias}, out, columns, batch};
+    run_threads(add_part, &job, threads, 0);
+}
+
+INLINE void gelu_row(const struct rows *a, long i, int kind)
+{
+    for (long c = i * a->columns, j = 0; j < a->columns; c += LANES, j += LANES)
+        put(gelu_of(load(a->y, c, kind) * (a->scale ? FLOATS(a->scale + j) : all(1))), a->y, c, kind);
+}
+
+static void gelu_part(void *job)
+{
+    struct rows a = *(struct rows *)job;
+    struct part part = my_part(a.batch);
+    for (long i = part.first; i < part.end; i++)
+        if (a.kind == BFLOAT16)
+            gelu_row(&a, i, BFLOAT16);
+        else
+            gelu_row(&a, i, FLOAT32);
+}
+
+/* y (batch, columns) = gelu(scale y) */
+void gelu(int threads, int kind, void *y, const float *scale, long columns, long batch)
+{
+    struct rows job = {.kind = kind, .y = y, .scale = scale, .columns = columns, .batch = batch};
+    run_threads(gelu_part, &job, threads, 0);
+}
+
+struct stored {
+    int from, kind;
+    const void *x;
+    char *data; float *scale;
+    long batch, heads, length, steps, E, stride;
+};
+
+static void store_part(void *job)
+{
+    struct stored t = *(struct stored *)job;
+    struct part part = my_part(t.batch * t.heads);
+    float x[t.E];
+    for (long i = part.first; i < part.end; i++)
+        for (long s = 0; s < t.length; s++) {
+            long b = i / t.heads, h = i % t.heads, at = (b * t.length + s) * t.stride + h * t.E;
+            for (long e = 0; e < t.E; e += LANES)
+                FLOATS(x + e) = t.from == BFLOAT16 ? load(t.x, at + e, BFLOAT16) : load(t.x, at + e, FLOAT32);
+            store(x, t.data + i * t.steps * t.E * BYTES[t.kind], t.scale + i * t.steps, s, t.E, t.kind);
+        }
+}
+
+/* x, rows of `stride` numbers of the kind `from`, (batch, length) of them, each of heads x E, into data
+   (batch, heads, steps, E) and scale (batch, heads, steps) from the beginning on. */
+void store_first(int threads, int from, const void *x, int kind, char *data, float *scale, long batch,
+                 long heads, long length, long steps, long E, long stride)
+{
+    struct stored job = {from, kind, x, data, scale, batch, heads, length, steps, E, stride};
+    run_threads(store_part, &job, threads, 0);
+}
+
 /* --- training: D-Adaptation -----------------------------------------------------------------------------
    train.DAdaptAdam has the formulas. Each weight is read and written once a pass. */
 

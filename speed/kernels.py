@@ -53,10 +53,19 @@ def data_pointers(*tensors, dtype=torch.float32) -> list:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+def capability(name: str):
+    """What torch knows of the processor; False for nothing."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get(name, False)      # torch before 2.10 knows nothing
+
+
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()   # torch before 2.10 cannot tell
-    return capabilities.get("avx512_bf16", False)
+    return capability("avx512_bf16")
+
+
+def has_tiles() -> bool:
+    """Whether it has matrix units for bfloat16 (AMX), beside which all that is no product takes long."""
+    return capability("amx_bf16")
 
 
 # --- the library --------------------------------------------------------------------------------------------
@@ -142,6 +151,9 @@ def load(path: Path):
         product=[I, I, *[P] * 4, *[L] * 3],
         attend=[I, I, *[P] * 3, L, *[P] * 7, *[L] * 5],
         decode=[I, I, P, L, *[P] * 6, *[L] * 7],
+        add_norm=[I, P, I, *[P] * 4, I, P, L, L],
+        gelu=[I, I, P, P, L, L],
+        store_first=[I, I, P, I, P, P, *[L] * 6],
         dadapt_moments=[I, *[P] * 4, L, *[D] * 4, P],
         dadapt_step=[I, *[P] * 3, L, D, D],
         unpack_int4=[I, P, P, L, L],
