@@ -284,10 +284,7 @@ class PackedLMModel(LMModel):
                 cross = layer.cross_attn(normed, conditions.cross, conditions.cross_mask, kept)
                 first = cross.to(normed.dtype), None
             normed = add_norm(x, *first, layer.norm2)
-            hidden = layer.ff1.many_rows(normed, 0, len(layer.ff1.weight))
-            kernels().gelu(
-                torch.get_num_threads(), KINDS[hidden.dtype], *data_pointers(hidden, dtype=hidden.dtype),
-                *data_pointers(layer.ff1.scale), hidden.shape[-1], hidden.numel() // hidden.shape[-1])
+            hidden = F.gelu(layer.ff1(normed)).to(layer.ff2.many)
             add_norm(x, layer.ff2.many_rows(hidden, 0, len(layer.ff2.weight)), layer.ff2.scale, None)
         return x
 

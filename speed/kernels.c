@@ -963,30 +963,6 @@ void add_norm(int threads, float *x, int kind, void *y, const float *scale, cons
     run_threads(add_part, &job, threads, 0);
 }
 
-INLINE void gelu_row(const struct rows *a, long i, int kind)
-{
-    for (long c = i * a->columns, j = 0; j < a->columns; c += LANES, j += LANES)
-        put(gelu_of(load(a->y, c, kind) * (a->scale ? FLOATS(a->scale + j) : all(1))), a->y, c, kind);
-}
-
-static void gelu_part(void *job)
-{
-    struct rows a = *(struct rows *)job;
-    struct part part = my_part(a.batch);
-    for (long i = part.first; i < part.end; i++)
-        if (a.kind == BFLOAT16)
-            gelu_row(&a, i, BFLOAT16);
-        else
-            gelu_row(&a, i, FLOAT32);
-}
-
-/* y (batch, columns) = gelu(scale y) */
-void gelu(int threads, int kind, void *y, const float *scale, long columns, long batch)
-{
-    struct rows job = {.kind = kind, .y = y, .scale = scale, .columns = columns, .batch = batch};
-    run_threads(gelu_part, &job, threads, 0);
-}
-
 struct stored {
     int from, kind;
     const void *x;

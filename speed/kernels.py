@@ -152,7 +152,6 @@ def load(path: Path):
         attend=[I, I, *[P] * 3, L, *[P] * 7, *[L] * 5],
         decode=[I, I, P, L, *[P] * 6, *[L] * 7],
         add_norm=[I, P, I, *[P] * 4, I, P, L, L],
-        gelu=[I, I, P, P, L, L],
         store_first=[I, I, P, I, P, P, *[L] * 6],
         dadapt_moments=[I, *[P] * 4, L, *[D] * 4, P],
         dadapt_step=[I, *[P] * 3, L, D, D],

@@ -2,8 +2,8 @@
 
     python tests/bench.py                   # every row: half an hour on two cores with nothing else running
     python tests/bench.py --quick           # fewer sizes and repetitions, two minutes
-    python tests/bench.py decode codec      # some: decode clip codec prepare chroma train optimizer ema start
-                                            # first_sound
+    python tests/bench.py decode codec      # some: decode prefill clip codec prepare chroma train optimizer ema
+                                            # start first_sound
     python tests/bench.py decode --shapes "1.5 B" --dtypes bf16 int8 --contexts 300
 
 Prints a Markdown table. Every row is measured in this run: ours and its peer called in turn, once to warm up,
@@ -210,11 +210,10 @@ def times_of_transformers(model, context: int, frames: int) -> list[float]:
     return [b - a for a, b in zip(times, times[1:])]
 
 
-def median_step(function, *args, runs) -> tuple[float, float]:
-    """(first step with the prefill, one later step) in seconds, warm."""
+def median_step(function, *args, runs) -> float:
+    """A step after the first one, in seconds, warm."""
     runs = [function(*args) for _ in range(runs)]
-    first = statistics.median(times[0] for times in runs)
-    return first, statistics.median(each for times in runs for each in times[1:])
+    return statistics.median(each for times in runs for each in times[1:])
 
 
 def bytes_of_a_frame(c: Config, dtype, context) -> float:
@@ -228,9 +227,9 @@ def bytes_of_a_frame(c: Config, dtype, context) -> float:
 
 
 def decode(args, limit):
-    """Frames a second with guidance, and the prefill, at several contexts and precisions."""
+    """Frames a second with guidance, at several contexts and precisions."""
     for shape in args.shapes:
-        peers = {}      # context -> name, first step and later step of transformers; at last those of bf16
+        peers = {}      # context -> name and a step of transformers; at last those of bf16
         for name in args.dtypes:
             lm, quantized = language_model(shape, DTYPES[name]), DTYPES[name] in QUANTIZERS
             runs = 1 if args.quick or shape == "1.5 B" else 3
@@ -239,21 +238,41 @@ def decode(args, limit):
                 model = transformers_of(lm).to(DTYPES[name])
                 times_of_transformers(model, 300, 2)
             for context in args.contexts:
-                first, step = median_step(times_of_ours, lm, context, 20 if args.quick else 40, runs=runs)
+                step = median_step(times_of_ours, lm, context, 20 if args.quick else 40, runs=runs)
                 if not quantized:
                     frames = 5 if args.quick else 10
-                    steps = median_step(times_of_transformers, model, context, frames, runs=1)
-                    peers[context] = f"transformers {name}", *steps
-                peer, peer_first, peer_step = peers.get(context, ("", None, None))
+                    peer_step = median_step(times_of_transformers, model, context, frames, runs=1)
+                    peers[context] = f"transformers {name}", peer_step
+                peer, peer_step = peers.get(context, ("", None))
                 most = limit["bytes"] / bytes_of_a_frame(lm.config, DTYPES[name], context)
                 row(f"decode, {shape}, {name}, context {context}", 1 / step, peer,
                     None if peer_step is None else 1 / peer_step, "frames/s", most)
-                if not args.quick:
-                    products = 2 * context * 12 * lm.config.num_layers * lm.config.dim ** 2
-                    least = products / limit["fp32" if name == "fp32" else "bf16"]
-                    row(f"prefill, {shape}, {name}, context {context}", first, peer, peer_first, "s", least,
-                        invert=True)
             lm = model = None   # before the next ones are made
+
+
+def first_steps(whose, shape, dtype, contexts, runs) -> list[float]:
+    """Seconds to the first column behind each of `contexts`, by ours or transformers."""
+    if whose == "ours":     # as sample.py does
+        disable_malloc_trim()
+        model, times = language_model(shape, DTYPES[dtype]), times_of_ours
+    else:
+        model, times = transformers_of(language_model(shape)).to(DTYPES[dtype]), times_of_transformers
+    times(model, 300, 1)
+    return [statistics.median(times(model, context, 1)[0] for _ in range(runs)) for context in contexts]
+
+
+def prefill(args, limit):
+    """The prefix and the prompt with guidance, at several lengths and precisions; each side by itself."""
+    for shape, name in itertools.product(args.shapes, args.dtypes):
+        runs = 3 if args.quick or shape == "1.5 B" else 5
+        peer = "bf16" if DTYPES[name] in QUANTIZERS else name
+        ours = alone(first_steps, "ours", shape, name, args.contexts, runs)
+        theirs = alone(first_steps, "transformers", shape, peer, args.contexts, runs)
+        c = Config(**SHAPES[shape])
+        for context, time_of_ours, time_of_peer in zip(args.contexts, ours, theirs):
+            products = 2 * context * 12 * c.num_layers * c.dim ** 2
+            row(f"prefill, {shape}, {name}, {context} positions", time_of_ours, f"transformers {peer}",
+                time_of_peer, "s", products / limit["fp32" if name == "fp32" else "bf16"], invert=True)
 
 
 def clip(args, limit):
@@ -544,8 +563,8 @@ def first_sound(args, limit):
     row("first sound from the shell, shipped", duration, unit="s")
 
 
-ROWS = {"decode": decode, "clip": clip, "codec": codec, "prepare": prepare, "chroma": chroma, "train": train,
-        "optimizer": optimizer, "ema": ema, "start": start, "first_sound": first_sound}
+ROWS = {"decode": decode, "prefill": prefill, "clip": clip, "codec": codec, "prepare": prepare, "chroma": chroma,
+        "train": train, "optimizer": optimizer, "ema": ema, "start": start, "first_sound": first_sound}
 
 
 def parse():

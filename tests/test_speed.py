@@ -135,6 +135,28 @@ def test_logits_without_a_compiler_are_near_those_of_the_plain_way(kind, dtype, 
 
 
 @needs_kernels
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.int8, 4e-2), (INT4, 0.12)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_read_at_once_is_read_as_the_plain_way_reads_it(kind, dtype, tolerance, tiles, monkeypatch):
+    """Its last column, and the next one, which sees what the prompt left in the cache; some items have padding.
+
+    With the attention of processors that have matrix units, and of those that do not.
+    """
+    monkeypatch.setattr(decoding, "has_tiles", lambda: tiles)
+    lm, passes, codes, expected = plain_way(kind)
+    optimize_for_cpu(lm, dtype)
+    sequence, _ = lm.pattern.build(codes, lm.special)
+    cache = lm.new_cache(2, sequence.shape[-1] + passes[0].prefix_length)
+    with torch.inference_mode():
+        first, second = (lm(sequence[..., part], passes[0], cache) for part in (slice(9), slice(9, 10)))
+    assert first.shape[2] == second.shape[2] == 1
+    found = torch.cat([first, second], 2)
+    assert (found - expected[:, :, 8:10]).norm() < tolerance * expected[:, :, 8:10].norm()
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 def test_a_product_is_that_of_the_rounded_weights_and_does_not_depend_on_other_rows(dtype, rows):
