@@ -68,15 +68,12 @@ class PackedLinear(nn.Module):
             return y
         if few:
             return few_rows(x.flatten(0, -2), weight, scale).view(*x.shape[:-1], R).float()
-        y = self.many_rows(x, start, end).to(self.results)
-        return y if scale is None else y.mul_(scale.to(y.dtype))
-
-    def many_rows(self, x, start: int, end: int):
-        """The outputs start ... end for many rows, without the scale and in the dtype `many`."""
-        weight = self.weight[start:end]
         if weight.dtype == INT4:
             weight = unpacked(weight)
-        return product(x.to(self.many), weight.to(self.many))
+        if scale is not None and kernels() and C % 8 == 0:
+            weight, scale = scaled(weight, scale, self.many), None
+        y = product(x.to(self.many), weight.to(self.many)).to(self.results)
+        return y if scale is None else y.mul_(scale.to(y.dtype))
 
 
 def unpacked(weight):
@@ -86,6 +83,15 @@ def unpacked(weight):
     source, = data_pointers(weight, dtype=INT4)
     kernels().unpack_int4(torch.get_num_threads(), source, *data_pointers(as_int8, dtype=torch.int8), R, C)
     return as_int8
+
+
+def scaled(weight, scale, dtype):
+    """A matrix in int8 and the scales of its rows, as one in float32 or bfloat16."""
+    y = torch.empty(weight.shape, dtype=dtype)
+    kernels().unpack_int8(
+        torch.get_num_threads(), KINDS[dtype], *data_pointers(weight, dtype=torch.int8), *data_pointers(scale),
+        *data_pointers(y, dtype=dtype), *weight.shape)
+    return y
 
 
 def few_rows(x, weight, scale):
@@ -276,33 +282,30 @@ class PackedLMModel(LMModel):
         x = x.float().clone(memory_format=torch.contiguous_format)
         for layer, kept in zip(self.layers, cache.layers):
             n = 1 if layer is self.layers[-1] else x.shape[1]
-            normed = add_norm(x, None, None, layer.norm1, layer.attn.qkv.many)
-            first = first_attention(layer.attn, normed, angles, kept, n)
+            y = first_attention(layer.attn, add_norm(x, None, layer.norm1, layer.attn.qkv.many), angles, kept, n)
             x = x[:, x.shape[1] - n:].contiguous()
             if layer.cross_attn is not None and conditions.cross is not None:
-                normed = add_norm(x, *first, layer.norm_cross)
-                cross = layer.cross_attn(normed, conditions.cross, conditions.cross_mask, kept)
-                first = cross.to(normed.dtype), None
-            normed = add_norm(x, *first, layer.norm2)
-            hidden = F.gelu(layer.ff1(normed)).to(layer.ff2.many)
-            add_norm(x, layer.ff2.many_rows(hidden, 0, len(layer.ff2.weight)), layer.ff2.scale, None)
+                normed = add_norm(x, y, layer.norm_cross)
+                y = layer.cross_attn(normed, conditions.cross, conditions.cross_mask, kept)
+            y = layer.ff2(F.gelu(layer.ff1(add_norm(x, y, layer.norm2))))
+            add_norm(x, y)
         return x
 
 
-def add_norm(x, y, scale, norm, dtype=None):
-    """x (B, S, D) += scale y, if there is a y -> norm(x), if there is a norm, in the dtype of y."""
+def add_norm(x, y, norm=None, dtype=None):
+    """x (B, S, D) += y, if there is a y -> norm(x), if there is a norm, in the dtype of y or the one given."""
     D, kind = x.shape[-1], dtype or y.dtype
     out, weight, bias = None, None, None
     if norm is not None:
         out, weight, bias = torch.empty_like(x, dtype=kind), norm.weight, norm.bias
     kernels().add_norm(
         torch.get_num_threads(), *data_pointers(x), KINDS[kind], *data_pointers(y, dtype=kind),
-        *data_pointers(scale, weight, bias), KINDS[kind], *data_pointers(out, dtype=kind), D, x.numel() // D)
+        *data_pointers(weight, bias), *data_pointers(out, dtype=kind), D, x.numel() // D)
     return out
 
 
 def first_attention(attn, x, angles, cache: PackedLayerCache, n: int):
-    """attn(x, angles, cache) of the last n positions: x (B, S, D) -> (B, n, D), and a scale for it or None."""
+    """attn(x, angles, cache) of the last n positions: x (B, S, D) -> (B, n, D)."""
     B, S, D = x.shape
     H = attn.num_heads
     q = attn.qkv.rows(x[:, S - n:], 0, D).view(B, n, H, -1).transpose(1, 2)
@@ -311,7 +314,7 @@ def first_attention(attn, x, angles, cache: PackedLayerCache, n: int):
     if angles is not None:
         q, k = rotate(q, angles[:, S - n:]), rotate(k, angles)
     y = cache.attend(q, k, v).transpose(1, 2).reshape(B, n, D)
-    return attn.out.many_rows(y, 0, D), attn.out.scale
+    return attn.out(y)
 
 
 def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:
@@ -339,8 +342,9 @@ def optimize_for_cpu(lm: LMModel, dtype=None) -> LMModel:
         lm.__class__ = HalfCacheLMModel
     if isinstance(lm, PackedLMModel | HalfCacheLMModel):
         for layer in lm.layers:
-            for module in (layer.attn.qkv, layer.ff1):
-                module.results = module.many    # the next product would round them to that anyway
+            # What comes next rounds them to that anyway, or adds them up in float32.
+            for module in (layer.attn.qkv, layer.attn.out, layer.ff1, layer.ff2):
+                module.results = module.many
     return lm
 
 

@@ -896,7 +896,7 @@ void decode(int threads, int kind, const struct layer *layer, long N, float *x, 
 
 /* --- many positions at the beginning --------------------------------------------------------------------
    Their products are torch's; what stands between these passes over memory once. Numbers of a `kind`: in
-   float32 or bfloat16. columns is a multiple of LANES, scale (columns) can be missing. */
+   float32 or bfloat16. columns is a multiple of LANES. */
 
 /* LANES numbers to index i on. */
 INLINE void put(floats x, void *data, long i, int kind)
@@ -912,22 +912,21 @@ INLINE void put(floats x, void *data, long i, int kind)
 }
 
 struct rows {
-    int kind, out_kind;
+    int kind;       /* of y and out */
     float *x;
     void *y;
-    const float *scale;
     struct norm norm;
     void *out;
     long columns, batch;
 };
 
-INLINE void add_row(const struct rows *a, long i, int kind, int out_kind)
+INLINE void add_row(const struct rows *a, long i, int kind)
 {
     float *x = a->x + i * a->columns;
     floats sum = {0}, squares = {0};
     for (long c = 0; c < a->columns; c += LANES) {
         if (a->y)
-            FLOATS(x + c) += load(a->y, i * a->columns + c, kind) * (a->scale ? FLOATS(a->scale + c) : all(1));
+            FLOATS(x + c) += load(a->y, i * a->columns + c, kind);
         sum += FLOATS(x + c);
     }
     if (!a->out)
@@ -940,7 +939,7 @@ INLINE void add_row(const struct rows *a, long i, int kind, int out_kind)
     float factor = 1 / sqrtf(total(squares) / a->columns + 1e-5f);
     for (long c = 0; c < a->columns; c += LANES)
         put((FLOATS(x + c) - mean) * factor * FLOATS(a->norm.weight + c) + FLOATS(a->norm.bias + c), a->out,
-            i * a->columns + c, out_kind);
+            i * a->columns + c, kind);
 }
 
 static void add_part(void *job)
@@ -949,18 +948,39 @@ static void add_part(void *job)
     struct part part = my_part(a.batch);
     for (long i = part.first; i < part.end; i++)
         if (a.kind == BFLOAT16)
-            add_row(&a, i, BFLOAT16, BFLOAT16);
+            add_row(&a, i, BFLOAT16);
         else
-            add_row(&a, i, FLOAT32, a.out_kind);
+            add_row(&a, i, FLOAT32);
 }
 
-/* x (batch, columns) += scale y, if there is a y, in bfloat16 only if out is; then out = norm(x), if there is
-   an out. */
-void add_norm(int threads, float *x, int kind, void *y, const float *scale, const float *weight,
-              const float *bias, int out_kind, void *out, long columns, long batch)
+/* x (batch, columns) += y, if there is a y; then out = norm(x), if there is an out, of the same kind as y. */
+void add_norm(int threads, float *x, int kind, void *y, const float *weight, const float *bias, void *out,
+              long columns, long batch)
 {
-    struct rows job = {kind, out_kind, x, y, scale, {weight, bias}, out, columns, batch};
+    struct rows job = {kind, x, y, {weight, bias}, out, columns, batch};
     run_threads(add_part, &job, threads, 0);
+}
+
+struct scaled { int kind; const int8_t *w; const float *scale; void *y; long rows, columns; };
+
+static void unpack_int8_part(void *job)
+{
+    struct scaled u = *(struct scaled *)job;
+    struct part part = my_part(u.rows);
+    for (long r = part.first; r < part.end; r++)
+        for (long c = r * u.columns, end = c + u.columns; c < end; c += LANES) {
+            if (u.kind == BFLOAT16)
+                put(load(u.w, c, INT8) * u.scale[r], u.y, c, BFLOAT16);
+            else
+                put(load(u.w, c, INT8) * u.scale[r], u.y, c, FLOAT32);
+        }
+}
+
+/* y (rows, columns) = w, times the scales of its rows. */
+void unpack_int8(int threads, int kind, const int8_t *w, const float *scale, void *y, long rows, long columns)
+{
+    struct scaled job = {kind, w, scale, y, rows, columns};
+    run_threads(unpack_int8_part, &job, threads, 0);
 }
 
 struct stored {
