@@ -192,13 +192,13 @@ class LMModel(nn.Module):
     def forward(self, sequence, conditions=Conditions(), cache=None):
         """Sequence (B, K, S) -> logits (B, K, S, V): column s is the prediction of column s + 1.
 
-        With a `cache` it continues what that has seen: the prefix enters first, the last column alone comes out.
+        With a `cache` it continues what that has seen, the prefix in front; the last column alone comes out.
         """
         B, K, S = sequence.shape
         if K != self.config.n_q:
             raise ValueError(f"{K} codebooks, not {self.config.n_q}")
         x = self.embed(sequence)                                            # (B, S, D)
-        start = 0 if cache is None else cache.columns
+        start = cache.columns if cache else 0
         if conditions.added is not None:
             x = x + conditions.added_to(start, S)
         P, mask = 0, None
@@ -221,7 +221,7 @@ class LMModel(nn.Module):
             x = x.gather(1, way_back[..., None].expand_as(x))
         else:
             x = self.run_layers(x, angles, conditions)
-        x = x[:, P:] if cache is None else x[:, -1:]    # the prefix is neither trained on nor returned
+        x = x[:, -1 if cache else P:]         # the prefix is neither trained on nor returned
         logits = self.lm_heads(self.out_norm(x))                            # (B, S, K * V)
         return logits.unflatten(-1, (K, -1)).transpose(1, 2)                # (B, K, S, V)
 

@@ -89,8 +89,8 @@ def scaled(weight, scale, dtype):
     """A matrix in int8 and the scales of its rows, as one in float32 or bfloat16."""
     y = torch.empty(weight.shape, dtype=dtype)
     kernels().unpack_int8(
-        torch.get_num_threads(), KINDS[dtype], *data_pointers(weight, dtype=torch.int8), *data_pointers(scale),
-        *data_pointers(y, dtype=dtype), *weight.shape)
+        torch.get_num_threads(), KINDS[dtype], *data_pointers(weight, dtype=torch.int8),
+        *data_pointers(scale), *data_pointers(y, dtype=dtype), *weight.shape)
     return y
 
 
@@ -282,7 +282,8 @@ class PackedLMModel(LMModel):
         x = x.float().clone(memory_format=torch.contiguous_format)
         for layer, kept in zip(self.layers, cache.layers):
             n = 1 if layer is self.layers[-1] else x.shape[1]
-            y = first_attention(layer.attn, add_norm(x, None, layer.norm1, layer.attn.qkv.many), angles, kept, n)
+            normed = add_norm(x, None, layer.norm1, layer.attn.qkv.many)
+            y = first_attention(layer.attn, normed, angles, kept, n)
             x = x[:, x.shape[1] - n:].contiguous()
             if layer.cross_attn is not None and conditions.cross is not None:
                 normed = add_norm(x, y, layer.norm_cross)
@@ -293,7 +294,7 @@ class PackedLMModel(LMModel):
 
 
 def add_norm(x, y, norm=None, dtype=None):
-    """x (B, S, D) += y, if there is a y -> norm(x), if there is a norm, in the dtype of y or the one given."""
+    """x (B, S, D) += y, if there is a y -> norm(x), if there is a norm, in the dtype of y or `dtype`."""
     D, kind = x.shape[-1], dtype or y.dtype
     out, weight, bias = None, None, None
     if norm is not None:

@@ -54,8 +54,9 @@ def data_pointers(*tensors, dtype=torch.float32) -> list:
 
 
 def capability(name: str):
-    """What torch knows of the processor; False for nothing."""
-    return getattr(torch.cpu, "get_capabilities", dict)().get(name, False)      # torch before 2.10 knows nothing
+    """What torch knows of the processor, False for nothing."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()   # torch before 2.10 cannot tell
+    return capabilities.get(name, False)
 
 
 def has_bfloat16() -> bool:

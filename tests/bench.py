@@ -2,8 +2,8 @@
 
     python tests/bench.py                   # every row: half an hour on two cores with nothing else running
     python tests/bench.py --quick           # fewer sizes and repetitions, two minutes
-    python tests/bench.py decode codec      # some: decode prefill clip codec prepare chroma train optimizer ema
-                                            # start first_sound
+    python tests/bench.py decode codec      # some: decode prefill clip codec prepare chroma train optimizer
+                                            # ema start first_sound
     python tests/bench.py decode --shapes "1.5 B" --dtypes bf16 int8 --contexts 300
 
 Prints a Markdown table. Every row is measured in this run: ours and its peer called in turn, once to warm up,
@@ -563,8 +563,9 @@ def first_sound(args, limit):
     row("first sound from the shell, shipped", duration, unit="s")
 
 
-ROWS = {"decode": decode, "prefill": prefill, "clip": clip, "codec": codec, "prepare": prepare, "chroma": chroma,
-        "train": train, "optimizer": optimizer, "ema": ema, "start": start, "first_sound": first_sound}
+ROWS = {"decode": decode, "prefill": prefill, "clip": clip, "codec": codec, "prepare": prepare,
+        "chroma": chroma, "train": train, "optimizer": optimizer, "ema": ema, "start": start,
+        "first_sound": first_sound}
 
 
 def parse():

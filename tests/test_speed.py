@@ -140,7 +140,7 @@ def test_logits_without_a_compiler_are_near_those_of_the_plain_way(kind, dtype, 
     (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.int8, 4e-2), (INT4, 0.12)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_read_at_once_is_read_as_the_plain_way_reads_it(kind, dtype, tolerance, tiles, monkeypatch):
-    """Its last column, and the next one, which sees what the prompt left in the cache; some items have padding.
+    """Its last column, and the next one, which sees what the prompt left in the cache; with padding.
 
     With the attention of processors that have matrix units, and of those that do not.
     """
