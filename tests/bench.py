@@ -377,10 +377,10 @@ def preparing(minutes, stem):
     """
     disable_malloc_trim()
     codec = optimize_codec(random_codec().fold())
-    encode, encode_stream = codec.encode, codec.encode_stream
+    encode_stream = codec.encode_stream
     coding, reading = [], []    # seconds; those of the codec's stream include reading its input
-    codec.encode = lambda wav: next(timed(map(encode, [wav]), coding))
-    codec.encode_stream = lambda pieces: timed(encode_stream(timed(pieces, reading)), coding)
+    codec.encode_stream = lambda pieces, n_q=None: timed(
+        encode_stream(timed(iter(pieces), reading), n_q), coding)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "long.wav"
         with soundfile.SoundFile(path, "w", 44100, 2) as file:      # a rate of its own, stereo
