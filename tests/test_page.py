@@ -219,3 +219,15 @@ def test_in_a_browser(made, tmp_path):
     state = re.search('data-state="([^"]*)"', result.stdout)
     assert state, result.stderr[-2000:]
     assert state[1] == "works 1.00,0.50,0.50 0.50 true nanoMusicGen: 2 pieces of music true", state[1]
+
+
+def test_page_does_not_tell_where_the_project_lies(made, tmp_path):
+    """... neither a new one nor the one in docs/."""
+    shutil.copy(made / "take_0.wav", tmp_path)
+    facts = json.loads((made / "take_0.json").read_text(encoding="utf-8"))
+    facts["checkpoint"] = str(page.ROOT / "checkpoints" / "tiny")
+    (tmp_path / "take_0.json").write_text(json.dumps(facts), encoding="utf-8")
+    worked(command(page.main, tmp_path / "page", tmp_path / "take_0.wav"))
+    for folder in (tmp_path / "page", page.ROOT / "docs" / "listen"):
+        cells = re.findall(r"<td>checkpoint</td><td>(.*?)</td>", source_of(folder))
+        assert [cell.replace("\\", "/") for cell in cells] == ["checkpoints/tiny"]

@@ -22,7 +22,8 @@ import numpy as np
 import soundfile
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project, wherever this is called from
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project, wherever this is called from
 from chroma import ChromaExtractor
 from config import Config, without_former_keys
 from data.audio import read_audio
@@ -144,7 +145,10 @@ def result_card(metadata: dict, out: Path, wav, asked, played, sample_rate: int)
 
 def made_card(metadata: dict, command: str) -> str:
     """The settings of the last result, and the command that made all of them."""
-    rows = {"checkpoint": metadata.get("checkpoint", ""), "duration": f"{metadata.get('duration')} s"}
+    checkpoint = str(metadata.get("checkpoint", ""))
+    if Path(checkpoint).is_relative_to(ROOT):       # a page is handed on: not where the project lies here
+        checkpoint = str(Path(checkpoint).relative_to(ROOT))
+    rows = {"checkpoint": checkpoint, "duration": f"{metadata.get('duration')} s"}
     rows |= metadata["settings"]
     rows |= {"torch": metadata.get("torch", "")}
     table = ""
