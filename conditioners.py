@@ -177,9 +177,9 @@ class ChromaConditioner(nn.Module):
         weight = self.proj.weight
         given = torch.tensor([melody is not None for melody in melodies])
         given = given.to(weight.device)                                     # (B,)
-        nothing = torch.zeros(self.shape)
-        chroma = torch.stack([nothing if melody is None else melody for melody in melodies])
-        frames = null_melody(self.proj, chroma.to(weight), given, self.null)
+        nothing = weight.new_zeros(self.shape)
+        chroma = torch.stack([nothing if melody is None else melody.to(nothing) for melody in melodies])
+        frames = null_melody(self.proj, chroma, given, self.null)
         B, M, _ = frames.shape
         mask = torch.ones(B, M, dtype=torch.bool, device=weight.device)
         time = torch.arange(M, device=weight.device, dtype=torch.float32) * self.hop

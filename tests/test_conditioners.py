@@ -59,6 +59,14 @@ def test_both_null_melodies():
 
 
 @torch.no_grad()
+def test_melodies_may_lie_anywhere():
+    """FSDP moves a batch to the device before it is used, everybody else leaves that to the conditioner."""
+    c = conditioners(text="none").to("meta")
+    for where in "cpu", "meta":
+        assert c({"text": [None] * 2, "melody": [melody(1).to(where), None]}).prefix.device.type == "meta"
+
+
+@torch.no_grad()
 def test_guidance_is_the_items_and_then_the_items_without_conditions():
     texts, melodies = ["abc", None], [None, melody(4)]
     for options in ({}, dict(text="cross"), dict(text="sum", melody="interpolate"), dict(null_melody="c")):
