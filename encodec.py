@@ -8,14 +8,13 @@
 A second of music is 32,000 numbers, too many for a language model, which chooses one symbol after another.
 So the encoder turns every 640 samples (20 ms) into a frame of Z = 128 numbers, and the quantizer each frame
 into K = 4 codes. A code is the index of an entry in a codebook, a table of V = 2,048 vectors; the K entries
-add up to nearly the frame (rvq.py), and from that sum the decoder makes 640 samples. The three parts learn
-together to reconstruct audio (training/codec.py). MusicGen takes them as they are: 50 x 4 codes a second.
+add up to nearly the frame (rvq.py), and the decoder makes 640 samples of it (trained in training/codec.py).
 
 The encoder ("SEANet", arXiv 2009.02095) has a stage for each of `ratios`, the last one first: residual units,
 then a strided convolution that divides the rate by the ratio and doubles the channels. An LSTM then reads the
-frames in order. The decoder is the mirror image. T = ceil(L / stride), stride = product of the ratios.
-With `causal` no convolution sees later samples, as a live call needs it. MusicGen has whole segments at hand,
-so its 32 kHz codec is not causal: in a stream, a frame can be played once the next 4 (80 ms) are known.
+frames in order. The decoder is the mirror image. T = ceil(L / stride). With `causal` no convolution sees
+later samples. MusicGen has whole segments at hand, so its 32 kHz codec is not causal: in a stream, a frame
+can be played once the next 4 (80 ms) are known.
 """
 import dataclasses
 import itertools
@@ -34,7 +33,8 @@ from rvq import ResidualVectorQuantizer
 from system.command import run
 from system.errors import UserError
 
-PIECE = 150  # frames of a piece when long audio is coded in pieces: more takes memory and is hardly faster
+PIECE = 150         # frames of a piece when long audio is coded in pieces: more is hardly faster on a CPU
+GPU_PIECE = 1500    # on a GPU it is; counts the frames of all items of a batch; takes about 1 GB
 
 
 def pad1d(x, left, right, mode):
@@ -210,13 +210,13 @@ class EncodecModel(nn.Module):
             left_right = self.encode(sides, n_q).chunk(2)
             codes = torch.stack(left_right, 2)                              # (B, K, 2, T)
             return codes.flatten(1, 2)                                      # (B, 2 K, T)
-        pieces = self._checked(wav).split(PIECE * self.stride, -1)
+        pieces = self._checked(wav).split(frames_of_a_piece(wav) * self.stride, -1)
         codes = list(self.encode_stream(pieces, n_q))
         return torch.cat(codes, -1)
 
     def decode(self, codes):
         """codes (B, K, T) -> wav (B, C, T * stride). A mono codec: also (B, 2 K, T) -> (B, 2, T * stride)."""
-        pieces = codes.split(PIECE, -1)
+        pieces = codes.split(frames_of_a_piece(codes), -1)
         waves = list(self.decode_stream(pieces))
         return torch.cat(waves, -1)
 
@@ -277,6 +277,11 @@ class EncodecModel(nn.Module):
         """Codec of a directory or hub id: our format, transformers' or audiocraft's, or MusicGen's around it.
         bandwidth (kb/s) or n_q: with so many codebooks. dtype None: as in the file. Raises UserError."""
         return load_codec(cls, name, bandwidth, n_q, dtype)
+
+
+def frames_of_a_piece(x):
+    """For audio or codes x (B, ...), which are coded in pieces: longer ones where that is faster."""
+    return PIECE if x.is_cpu else max(PIECE, GPU_PIECE // len(x))
 
 
 @torch.no_grad()
@@ -340,8 +345,7 @@ def demo(file=Path(__file__).parent / "assets/ode_to_joy.wav"):
     print("codes   ", tuple(codes.shape), f"below {codec.cardinality}; the first of each codebook:")
     print(codes[0, :, :12].numpy())
     for k in range(1, codec.num_codebooks + 1):
-        back = codec.decode(codes[:, :k])
-        back = back[..., :wav.shape[-1]]
+        back = codec.decode(codes[:, :k])[..., :wav.shape[-1]]
         size = wav.norm().clamp(min=1e-8)       # of silence, too
         error = float((wav - back).norm() / size)
         print(f"{k} codebooks: error |x - y| / |x| = {error:.3f}  {'#' * round(100 * min(error, 1))}")

@@ -213,6 +213,13 @@ def test_pieces_give_what_the_whole_gives(changes, piece, frames, monkeypatch):
         assert worst(codec.decode(codes), whole) < 1e-5
 
 
+def test_pieces_are_longer_on_a_gpu():
+    """There all items of a batch together have GPU_PIECE frames, but each at least PIECE."""
+    for batch, frames in (1, encodec.GPU_PIECE), (4, encodec.GPU_PIECE // 4), (100, encodec.PIECE):
+        assert encodec.frames_of_a_piece(torch.zeros(batch, 1, 9, device="meta")) == frames
+    assert encodec.frames_of_a_piece(torch.zeros(1, 1, 9)) == encodec.PIECE
+
+
 @pytest.mark.parametrize("changes", STREAMED, ids=str)
 def test_streams_of_codes_and_waves(changes):
     """In pieces of all sizes, also of less than a frame."""
