@@ -46,7 +46,7 @@ def load_models(name_or_dir, device="auto", dtype="float32", compile=False):
     weights = INT4 if dtype == "int4" else getattr(torch, dtype)
     lm = LMModel.from_pretrained(directory, weights, prepare).to(device)
     if device.type == "cuda" and optimize_for_cuda:
-        optimize_for_cuda(lm)
+        optimize_for_cuda(lm, kernels=not compile)
     if compile and not lm.packed:
         for layer in lm.layers:     # they are alike and compile once
             layer.compile()

@@ -3,6 +3,7 @@
     kernels.c, kernels.py   products, attention, optimizer loops that read memory once; compiled at first use
     decoding.py             the language model in generation: weights in float32, bfloat16, int8 or int4
     cuda.py                 the language model in generation on a GPU: CUDA graphs
+    cuda_kernels.py         its layers there, for a few rows, in five kernels each (Triton)
     codec.py                the codec's convolutions as matrix products
     training.py             layers and D-Adaptation in training
     products.py             products and attention of many positions

@@ -1,6 +1,6 @@
-"""Decoding on CUDA by graphs. Optional: the mathematics is in lm.py. Not run on a GPU yet (tests/cuda.sh).
+"""Decoding on CUDA by graphs. Optional: the mathematics is in lm.py. Measured by tests/cuda.sh.
 
-    python sample.py --device cuda --dtype auto ...     # and --compile for fewer, larger kernels
+    python sample.py --device cuda --dtype auto ...     # or --compile, instead of cuda_kernels.py
 
 A column takes about a thousand kernels, and for two rows the host needs longer to start one than the device
 to run it. A CUDA graph starts all of them at once, but only repeats what was recorded: the same kernels, on
@@ -10,8 +10,10 @@ the same addresses. So `GraphLMModel` has a `step` for one column in which nothi
     it attends to all of a bucket (256 positions, 512, ...), in which what is not filled yet is masked
     all that it reads and writes are `Buffers`, which one cache leaves to the next, together with the graphs
 
-The first column in a bucket runs as it is written, and is then recorded. Without CUDA all of them do.
+The first column in a bucket runs as it is written, and is then recorded. Without CUDA all of them do. For a
+few rows the layers are those of speed/cuda_kernels.py, where Triton (which comes with torch) is there.
 """
+import importlib
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -145,12 +147,25 @@ class GraphLMModel(LMModel):
             x = x + (added if added.shape[1] == 1 else added.index_select(1, buffers.number))
         x, angles = self.add_positions(x, buffers.position)
         buffers.bias.index_fill_(3, buffers.place, 0.0)
-        layers = [ColumnLayerCache(buffers, n, end) for n in range(len(self.layers))]
-        x = self.run_layers(x, angles, conditions, SimpleNamespace(layers=layers))
-        logits = self.lm_heads(self.out_norm(x))                            # (B, 1, K * V)
-        buffers.logits.copy_(logits.view(B, 1, K, -1).transpose(1, 2))
+        if not self.run_kernels(x, buffers, end):
+            layers = [ColumnLayerCache(buffers, n, end) for n in range(len(self.layers))]
+            x = self.run_layers(x, angles, conditions, SimpleNamespace(layers=layers))
+            logits = self.lm_heads(self.out_norm(x))                        # (B, 1, K * V)
+            buffers.logits.copy_(logits.view(B, 1, K, -1).transpose(1, 2))
         for counter in (buffers.number, buffers.place, buffers.position):
             counter += 1
+
+    def run_kernels(self, x, buffers: Buffers, end: int) -> bool:
+        """From x to buffers.logits by speed/cuda_kernels.py. False where that cannot be, or fails."""
+        if self.kernels is None:
+            return False
+        try:
+            return self.kernels(self, x, buffers, end)
+        except Exception as error:      # whatever a compiler raises
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            print(f"speed/cuda.py: no Triton ({reason}); decoding goes on without, slower", file=sys.stderr)
+            self.kernels = None
+            return False
 
 
 def record(step, device: torch.device):
@@ -168,8 +183,21 @@ def record(step, device: torch.device):
     return graph
 
 
-def optimize_for_cuda(lm: LMModel) -> LMModel:
-    """Makes a model on a CUDA device decode by graphs. Its numbers stay the same but for rounding."""
+def optimize_for_cuda(lm: LMModel, kernels=True) -> LMModel:
+    """Makes a model on a CUDA device decode by graphs. Its numbers stay the same but for rounding.
+
+    kernels: layers by speed/cuda_kernels.py, where Triton is there and they can run this model.
+    """
     lm.__class__ = GraphLMModel
     lm.spare = []       # Buffers that no cache uses
+    lm.kernels = kernels_for(lm) if kernels and lm.emb.weight.device.type == "cuda" else None
     return lm
+
+
+def kernels_for(lm: LMModel):
+    """`column` of speed/cuda_kernels.py, or None where that cannot run this model."""
+    try:
+        module = importlib.import_module("speed.cuda_kernels")
+    except ImportError:     # no Triton
+        return None
+    return module.column if module.can_run(lm) else None

@@ -11,8 +11,8 @@
 # a row failed, 2 without a CUDA device.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-rows="tests:60 parity_float32:40 parity_float16:30 parity_bfloat16:30 sample_tiny:30 decode_300M:60
-      decode_1.5B:80 codec:40 train_300M:45 train_1.5B:80 parallel:40 compile_decode:80 compile_train:80
+rows="tests:60 parity_float32:60 parity_float16:60 parity_bfloat16:60 sample_tiny:30 decode_300M:60
+      decode_1.5B:80 profile_1.5B:30 codec:40 train_300M:45 train_1.5B:80 parallel:40 compile_decode:80 compile_train:80
       sample_300M:30 sample_1.5B:45"
 total=480 device=cuda quick="" chosen=""
 python=$(command -v python || command -v python3)

@@ -1,4 +1,4 @@
-"""Rows of the table that tests/cuda.sh prints, one a call. Not collected by pytest; not run on a GPU yet.
+"""Rows of the table that tests/cuda.sh prints, one a call. Not collected by pytest.
 
     python tests/cuda_rows.py decode_300M                           # on a CUDA device
     python tests/cuda_rows.py decode_300M --device cpu --quick      # the same code with tiny shapes
@@ -233,12 +233,13 @@ def no_waiting(lm, args):
 
 
 def decode(args, name: str, dtype: str, compile=False):
-    """Frames a second: by graphs, beside lm.py alone, transformers, and what the memory would allow."""
+    """Frames a second: by graphs, beside what the memory would allow, graphs without
+    speed/cuda_kernels.py, lm.py alone, and transformers."""
     shape, frames = shape_of(args, name), 20 if args.quick else 500
     lm = language_model(shape).to(args.device, getattr(torch, dtype))
     what = f"decode, {name}, {dtype}" + ", compiled" * compile
     plain = None if compile else frames_per_second(lm, args, frames // 5)
-    optimize_for_cuda(lm)
+    optimize_for_cuda(lm, kernels=not compile)
     if compile:
         for layer in lm.layers:
             layer.compile()
@@ -250,11 +251,38 @@ def decode(args, name: str, dtype: str, compile=False):
     graphs = [graph for buffers in lm.spare for graph in buffers.graphs.values()]
     if args.device.type == "cuda":
         check(graphs and None not in graphs, "columns were not recorded as graphs")
+        check(compile or lm.kernels, "speed/cuda_kernels.py was not used")
         no_waiting(lm, args)
     if not compile:
+        optimize_for_cuda(lm, kernels=False)
+        without = max(frames_per_second(lm, args, frames) for _ in range(2))
+        row(f"{what}: without Triton", f"{rate:.0f} frames/s", f"{without:.0f}", f"{rate / without:.1f}")
         row(f"{what}: lm.py alone", f"{rate:.0f} frames/s", f"{plain:.0f}", f"{rate / plain:.1f}")
         theirs = of_transformers(lm, args, 5 if args.quick else 60)
         row(f"{what}: transformers", f"{rate:.0f} frames/s", f"{theirs:.0f}", f"{rate / theirs:.1f}")
+
+
+def profile(args, name: str, dtype: str):
+    """Time of the eight kernels that take most of a column; of one that starts early, its waiting, too."""
+    lm = optimize_for_cuda(language_model(shape_of(args, name)).to(args.device, getattr(torch, dtype)))
+    made, n, cuda = columns(lm, args, 40), 20, args.device.type == "cuda"
+    for _ in range(10):
+        next(made)
+    wait(args)
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        begun = time.perf_counter()
+        for _ in range(n):
+            next(made)
+        wait(args)
+        spent = 1e6 * (time.perf_counter() - begun) / n
+    times = {event.key: ((event.self_device_time_total if cuda else event.self_cpu_time_total) / n,
+                         event.count / n) for event in profiler.key_averages()}
+    total, calls = map(sum, zip(*times.values()))
+    row(f"profile, {name}, {dtype}: a column", f"{spent:.0f} us", f"{total:.0f} us in {calls:.0f} kernels")
+    for key, (each, calls) in sorted(times.items(), key=lambda item: -item[1][0])[:8]:
+        key = key.replace("|", "/")[:70]
+        row(f"profile, {name}: {key}", f"{each:.1f} us", f"{calls:.0f} times", f"{each / total:.0%}")
 
 
 @torch.inference_mode()
@@ -372,6 +400,7 @@ ROWS = {
     "sample_1.5B": partial(sampling, name="1.5 B"),
     "decode_300M": partial(decode, name="300 M", dtype="float16"),
     "decode_1.5B": partial(decode, name="1.5 B", dtype="bfloat16"),
+    "profile_1.5B": partial(profile, name="1.5 B", dtype="bfloat16"),
     "compile_decode": partial(decode, name="300 M", dtype="float16", compile=True),
     "compile_train": partial(training, name="300 M", batch_size=8, compile=True),
     "train_300M": partial(training, name="300 M", batch_size=8),

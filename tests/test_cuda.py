@@ -7,6 +7,7 @@ Without a CUDA device graphs are imitated: what a step does is recorded, and rep
 step that read anything from the host, or waited for the device, would fail here, too.
 """
 import copy
+import importlib
 import os
 import re
 import subprocess
@@ -17,7 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_rows
+from conditioners import Conditions
 from constants import ROOT
+from cuda_rows import difference
 from models import OPTIONS, conditions_of, make
 from sample import Settings, condition_passes, generate, stream_window
 from speed import cuda, optimize_for_cuda
@@ -132,6 +135,58 @@ def test_what_cannot_be_recorded_runs_as_it_is(capsys):
     """A step that waits for the device; without one there is nothing to record with."""
     assert cuda.record(lambda: torch.ones(1, device="cuda").item(), torch.device("cuda")) is None
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- kernels of Triton ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def triton_device():
+    """Where speed/cuda_kernels.py can run: without a GPU Triton can interpret it."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no CUDA device, and no TRITON_INTERPRET=1")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=str)
+def test_kernels_of_triton_compute_what_lm_does(triton_device, dtype, bound, rows, monkeypatch):
+    """Behind a prefix with padding, in sizes that are no powers of two, over two buckets and two chunks."""
+    monkeypatch.setattr(cuda, "BUCKET", 32)
+    monkeypatch.setattr(importlib.import_module("speed.cuda_kernels"), "PROGRAMS", 16)
+    lm = make(dim=96, num_heads=3, num_layers=2).to(triton_device, dtype)
+    fast = optimize_for_cuda(copy.deepcopy(lm))
+    fast.kernels = cuda.kernels_for(fast)
+    prefix = torch.randn(rows, 61, 96).to(lm.emb.weight)
+    lengths = torch.tensor([61, 20, 61, 1][:rows])[:, None]
+    mask = (torch.arange(61) < lengths).to(triton_device)
+    conditions = Conditions(prefix=prefix, prefix_mask=mask)
+    sequence = torch.randint(lm.config.card, (rows, 4, 5)).to(triton_device)
+    with torch.no_grad():
+        cache, fast_cache = (model.new_cache(rows, 66) for model in (lm, fast))
+        for column in sequence.split(1, 2):
+            expected = lm(column, conditions, cache).cpu()
+            assert difference(fast(column, conditions, fast_cache), expected) < bound
+    assert fast.kernels
+
+
+@pytest.mark.parametrize("options", [dict(text="cross"), dict(qk_layer_norm=True),
+                                     dict(positional_embedding="sin_rope")], ids=str)
+def test_other_layers_do_without_triton(triton_device, options):
+    assert cuda.kernels_for(make(**options)) is None
+
+
+def test_kernels_that_fail_are_left_out(device, capsys):
+    lm, fast = models(device)
+
+    def fail(*_):
+        raise ValueError("no compiler\nhere")
+    fast.kernels = fail
+    passes = passes_of(lm)
+    expected = generate(lm, passes, T, [0, 1, 2], top_k=5)
+    assert torch.equal(generate(fast, passes, T, [0, 1, 2], top_k=5), expected)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "ValueError: no compiler)" in error and fast.kernels is None
 
 
 # --- tests/cuda.sh ----------------------------------------------------------------------------------------
