@@ -227,7 +227,7 @@ class MusicGen:
 
 
 def windows(T, known, longest, stride):
-    """Yields (start, known, end) of each window that T frames take; its frames before `known` are prompt."""
+    """Yields (start, known, end), in frames, of the windows of T frames: what is before `known` is prompt."""
     overlap = max(0, longest - stride)
     while known < T:
         start = 0 if known < longest else known - overlap

@@ -56,9 +56,9 @@ def cosine_lr(update, total, warmup, lr_min_ratio=0.0, cycle_length=1.0):
 class DAdaptAdam(torch.optim.Optimizer):
     """Adam that finds its own learning rate (D-Adaptation, arXiv 2301.07733): MusicGen was trained with it.
 
-    The right learning rate is about the distance that the weights have to go (the one that goes furthest). It
-    is unknown: `d` is an estimate of it, the largest that the gradients g gave so far. lr is only a factor on
-    d, so lr = 1 is right. With lam = d * lr:
+    The right learning rate is about the largest distance that any weight has to go. That is unknown: `d` is
+    an estimate of it, the largest that the gradients g gave so far. lr is only a factor on d, so lr = 1 is
+    right. With lam = d * lr:
 
         m <- b1 m + (1 - b1) lam g     v <- b2 v + (1 - b2) g^2     s <- b2 s + (1 - b2) lam g
         a = sqrt(v) + eps (no bias correction)                      weights <- (1 - decay lam) weights - m / a

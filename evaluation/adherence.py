@@ -199,14 +199,15 @@ def chroma_figures(wavs, melodies, config) -> dict:
 def notes_told(model, pieces) -> float:
     """Share of the notes of recordings, (mix (L,), notes) each, whose pitch class the model is told of them.
 
-    In the middle of a note. What is told wrong here, no model can play right.
+    In the frame nearest to the middle of a note. What is told wrong here, no model can play right.
     """
     right = []
     for mix, notes in pieces:
         melody = model.melody_chroma(torch.from_numpy(mix))
         melody = pitch_classes(melody, model.config.n_chroma)       # (M, Q)
         for start, length, pitch in notes:
-            frame = melody[int((start + length / 2) * model.sample_rate / model.config.hop)]
+            middle = round((start + length / 2) * model.sample_rate / model.config.hop)
+            frame = melody[min(middle, len(melody) - 1)]
             right.append(bool(frame.max() > 0) and int(frame.argmax()) == pitch % 12)
     return share(right)
 
