@@ -115,11 +115,10 @@ class Config:
     delays: Ints = architecture((0, 1, 2, 3), "steps, one for each codebook", least=0, most=10_000)
     cfg_dropout: float = fraction(0.2, "share of items trained without any condition")
     cfg_coef: float = amount(3.0, "guidance at sampling")
-    # The next four are not in audiocraft. Hidden codes, and weight on the start, make a model heed captions.
+    # The next three are not in audiocraft. Hidden codes, and weight on the start, make a model heed captions.
     history_dropout: float = fraction(0.0, "share of items with codes hidden; half of it with a melody")
     early_weight: float = setting(1.0, "weight of the first frames in the loss of training")
     early_seconds: float = setting(1.0, "s from the start that early_weight counts for", most=86_400)
-    melody_delay: float = architecture(0.0, "s that a melody is late, times (guidance - 1); rope", least=0)
 
     # --- training (train.py) -------------------------------------------------------------------------------
     batch_size: int = setting(192, "items an update, over all processes", most=65_536)
@@ -268,7 +267,7 @@ def known(values: dict, where) -> dict:
 
 def without_former_keys(values: dict, where) -> dict:
     """The values of a config.json without the keys that only former versions had."""
-    former = "unquantised_steps", "decoder_only_steps"
+    former = "unquantised_steps", "decoder_only_steps", "melody_delay"
     values = {key: values[key] for key in values if key not in former}
     if not values.pop("kmeans_init", True):
         values["kmeans_iters"] = 0

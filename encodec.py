@@ -345,7 +345,8 @@ def demo(file=Path(__file__).parent / "assets/ode_to_joy.wav"):
     print("codes   ", tuple(codes.shape), f"below {codec.cardinality}; the first of each codebook:")
     print(codes[0, :, :12].numpy())
     for k in range(1, codec.num_codebooks + 1):
-        back = codec.decode(codes[:, :k])[..., :wav.shape[-1]]
+        back = codec.decode(codes[:, :k])
+        back = back[..., :wav.shape[-1]]
         size = wav.norm().clamp(min=1e-8)       # of silence, too
         error = float((wav - back).norm() / size)
         print(f"{k} codebooks: error |x - y| / |x| = {error:.3f}  {'#' * round(100 * min(error, 1))}")

@@ -197,7 +197,6 @@ class MusicGen:
         """The prompt, then window by window the codes that it is continued with up to T frames."""
         longest = self.frames(self.config.segment_duration)
         stride = self.frames(self.config.extend_stride)
-        delay = self.config.melody_delay * max(0, settings.guidance - 1) * self.frame_rate      # frames
         codes = prompt.to(self.lm.emb.weight.device)
         yield codes
         for n, (start, known, end) in enumerate(windows(T, prompt.shape[-1], longest, stride)):
@@ -205,7 +204,6 @@ class MusicGen:
             codes = codes[..., before:]         # what is before the window is not needed any more
             conditions = self.window_conditions(descriptions, chromas, start)
             passes = condition_passes(self.lm, conditions, end - start, settings.guidance, settings.two_step)
-            passes = [delay_melody(encoded, delay) for encoded in passes]
             window_seeds = [seed + 1_000_003 * n for seed in seeds]     # far from those of other items
             for new in stream_window(self.lm, passes, end - start, window_seeds, codes, settings):
                 codes = torch.cat([codes, new], dim=-1)
@@ -234,19 +232,6 @@ def windows(T, known, longest, stride):
         end = min(T, start + longest)
         yield start, known, end
         known = end
-
-
-def delay_melody(conditions, frames):
-    """Conditions whose melody frames have the times of music that comes `frames` later (ours).
-
-    A melody makes it likelier that a note begins now, at every column while one is due. Guidance raises that
-    factor to a power: the higher it is, the earlier notes begin. A delay makes up for it ("rope" models).
-    """
-    time = conditions.prefix_time                                           # (P,), of text below 0
-    if time is None:
-        return conditions
-    time = torch.where(time >= 0, time + frames, time)
-    return conditions._replace(prefix_time=time)
 
 
 def condition_passes(lm, conditions, T, guidance=3.0, two_step=False):

@@ -59,7 +59,6 @@ qk_layer_norm = True
 cfg_dropout = 0.1
 early_weight = 4.0             # whether there are drums, and how fast, is decided within the first second
 history_dropout = 0.8          # past codes predict the instrument better than any caption: hide them at times
-melody_delay = 0.01            # with guidance 3 notes come about 20 ms early
 
 batch_size = 4
 epochs = 8

@@ -186,7 +186,7 @@ def test_fine_tuning_inherits_the_architecture_and_nothing_else(tmp_path):
         last_kernel_size residual_kernel_size dilation_base compress causal pad_mode true_skip norm n_q card
         melody n_chroma radix2_exp melody_form chroma_length null_melody text t5 t5_finetune t5_words t5_dim
         t5_layers t5_heads dim num_heads num_layers hidden_scale positional_embedding positional_scale
-        max_period qk_layer_norm pattern delays melody_delay""".split())
+        max_period qk_layer_norm pattern delays""".split())
     source = Config(dim=64, num_heads=2, qk_layer_norm=True, codec="my/codec", text="cross", batch_size=3,
                     lr=0.5, segment_duration=10.0, word_dropout=0.75)
     source.save(tmp_path / "config.json")

@@ -22,7 +22,7 @@ from constants import CODEC, LM, RATE, ROOT
 from data.audio import read_audio, write_audio
 from encodec import EncodecModel
 from lm import LMModel
-from sample import MusicGen, delay_melody
+from sample import MusicGen
 from system.errors import UserError
 
 # a window is 100 frames and moves on by 60
@@ -82,23 +82,6 @@ def test_the_melody_moves_with_the_window(musicgen):
         assert conditions["text"] == ["x", "y"]
 
 
-def test_guidance_delays_the_melody_and_nothing_else():
-    plain, delayed = (make(positional_embedding="rope", melody_delay=delay) for delay in (0.0, 0.01))
-    conditions = plain.lm.conditioner({"text": ["a flute", None], "melody": [*torch.rand(2, M, 12)]})
-    text = conditions.prefix_time < 0
-    moved = delay_melody(conditions, 2.5)
-    assert 0 < text.sum() < len(text)
-    expected = conditions.prefix_time + torch.where(text, 0.0, 2.5)
-    torch.testing.assert_close(moved.prefix_time, expected)
-    assert all(a is b for a, b in zip(moved, conditions) if a is not moved.prefix_time)
-
-    def codes(model, guidance):
-        chroma = torch.eye(12)[torch.arange(M) % 12]
-        return model.generate_codes(["a flute"], [chroma], seeds=[0], duration=0.25, guidance=guidance)
-    assert torch.equal(codes(plain, 1.0), codes(delayed, 1.0))
-    assert not torch.equal(codes(plain, 3.0), codes(delayed, 3.0))
-
-
 def test_a_prompt_is_kept_verbatim_and_continued(musicgen):
     prompt = torch.randint(32, (1, 4, 30))
     codes = musicgen.generate_codes(["x"], prompt=prompt, duration=0.5)
@@ -117,7 +100,7 @@ def test_a_prompt_is_kept_verbatim_and_continued(musicgen):
     (dict(), dict(descriptions=["x", None], duration=0.7)),         # three windows
     (dict(channels=2), dict(descriptions=["x", "y"], duration=0.5, prompt=[wave(channels=2, seconds=0.1)])),
     (dict(), dict(descriptions=["x"], duration=0.6, prompt=wave(seconds=0.4))),     # over one window
-    (dict(positional_embedding="rope", melody_delay=0.01),
+    (dict(positional_embedding="rope"),
      dict(descriptions=["x", None], duration=0.5, melodies=[wave(330), None])),
     (dict(pattern="coarse_first"), dict(descriptions=[None], duration=0.3)),
     (dict(text="cross", melody="none"), dict(descriptions=["x"], duration=0.4, two_step=True)),
