@@ -140,7 +140,8 @@ class T5Conditioner(nn.Module):
         """B descriptions -> Frames: values (B, n, D), mask (B, n) of the tokens that each item has, times.
 
         A missing, empty or wholly dropped text is one frame of zeros: the end token of "". (Audiocraft
-        pads it to the longest text of the batch with further zeros.) Tokens have the times -1, -2, ...
+        pads it to the longest text of the batch with further zeros.) Tokens have the times -1, -2, ...,
+        which is a choice of ours.
         """
         device = self.proj.weight.device
         # a command line may hold bytes that are not UTF-8, which no tokenizer takes
@@ -190,9 +191,9 @@ def null_melody(proj, chroma, given, kind):
     """Projects chroma (B, M, Q) to (B, M, D), with "no melody" where given (B,) is False.
 
     kind "zeros": frames of zeros, which are still attended to. So audiocraft trains, and our models train and
-    sample. kind "c": the projection of one-hot C in every frame. So audiocraft's wrapper for generation feeds
-    the released checkpoints, with and without guidance (its chroma of silence is C, its mask is off), and so
-    does transformers. Both keep the M frames of training, so that positions never move.
+    sample. kind "c": the projection of one-hot C in every frame. In generation audiocraft gives the released
+    models the chroma of silence, which is C, with and without guidance, and so does transformers. Both kinds
+    keep the M frames of training, so that positions never move.
     """
     given = given[:, None, None]                                            # (B, 1, 1)
     zeros = torch.zeros_like(chroma[..., 0], dtype=torch.long)

@@ -198,7 +198,7 @@ class LMModel(nn.Module):
         if K != self.config.n_q:
             raise ValueError(f"{K} codebooks, not {self.config.n_q}")
         x = self.embed(sequence)                                            # (B, S, D)
-        start = cache.columns if cache else 0
+        start = 0 if cache is None else cache.columns
         if conditions.added is not None:
             x = x + conditions.added_to(start, S)
         P, mask = 0, None
@@ -221,7 +221,7 @@ class LMModel(nn.Module):
             x = x.gather(1, way_back[..., None].expand_as(x))
         else:
             x = self.run_layers(x, angles, conditions)
-        x = x[:, -1 if cache else P:]         # the prefix is neither trained on nor returned
+        x = x[:, P if cache is None else -1:]       # the prefix is neither trained on nor returned
         logits = self.lm_heads(self.out_norm(x))                            # (B, S, K * V)
         return logits.unflatten(-1, (K, -1)).transpose(1, 2)                # (B, K, S, V)
 

@@ -26,7 +26,8 @@ from system.errors import UserError
 
 class Pattern:
     """A pattern is its `layout(T)`: S columns, each a list of cells (frame t, codebook k), both from 0.
-    Cells of a t >= T stay empty; for each such t keep_only_valid_steps (training) drops one last column."""
+    It goes on to frames t >= T, whose cells stay empty. With keep_only_valid_steps, in training, as many of
+    the last columns are dropped as there are such frames."""
 
     def build(self, codes, special, keep_only_valid_steps=False, T=None):
         """Codes (B, K, T0), a prompt if T is more -> sequence (B, K, S), `special` outside of mask (K, S)."""

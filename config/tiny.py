@@ -10,6 +10,8 @@
 A caption says what its first seconds are like. So the model learns to read from short segments, four times as
 many in the same time (after 1,000 updates as much as after 7,200 of long ones), and then to play on for ten.
 
+What ships in checkpoints/tiny is wider and was trained on a GPU in five minutes (docs/training.md).
+
 The architecture is config/melody.py's: melody and text in front, delay pattern, guidance. What differs helps
 so small a model in so short a run: a small T5 with a vocabulary of words, trained along, instead of t5-base;
 rotary positions that give a melody frame the time of the music it belongs to, beside quiet sinusoids;

@@ -224,7 +224,7 @@ def valid(wavs, config) -> float:
 
 
 def out_of_domain_figures(figures: dict, model, split: str, texts):
-    """Texts without bass and chords, with melodies recorded unlike any training clip: are the notes played?"""
+    """Texts without bass and chords, melodies recorded unlike any training clip: are the notes played?"""
     rate = model.config.sample_rate
     recordings = [out_of_domain_recording(model.config, split, 2 * n) for n in range(len(texts))]
     wavs = generate(model, texts, [wave for wave, _ in recordings])
