@@ -32,6 +32,7 @@ from chroma import ChromaExtractor, match_length
 from data.audio import LOUD
 from data.notes import Notes
 from data.stems import as_descriptions, as_wave, as_waves, heard_notes, joint_waves, separate
+from data.vocabulary import read_as_known
 from encodec import PIECE
 from sampling.loading import check_codec, load_models
 from system.devices import device_of, inference, inference_steps
@@ -161,6 +162,8 @@ class MusicGen:
         """
         descriptions = as_descriptions(descriptions)
         config = self.config
+        if config.eval_tunes:
+            descriptions = [read_as_known(config, text)[0] for text in descriptions]
         B = len(descriptions)
         chromas = [None] * B if chromas is None else chromas
         duration = config.segment_duration if duration is None else duration

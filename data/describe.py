@@ -4,6 +4,7 @@
 
 data/words.json has the words: for each instrument, tempo, mood, accompaniment and style those that users
 write, the plainest first. Users name more instruments than the clips have; theirs stand with the nearest one.
+Those under "nearest" are in no caption: data/vocabulary.py has the texts of users read as if they named ours.
 """
 import json
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 WORDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
+NEAREST = WORDS.pop("nearest")      # ours: [instruments that are read as it]
 
 
 def all_words(tree=WORDS) -> set:
-    """Every word of data/words.json, names of styles and instruments included."""
+    """Every word that captions are made of, names of styles and instruments included."""
     if isinstance(tree, dict):
         return set().union(*map(all_words, tree), *map(all_words, tree.values()))
     if isinstance(tree, list):

@@ -21,7 +21,7 @@ from checkpoints.lm_formats import export_transformers, read_config
 from config import FIELDS
 from data.audio import check_format, check_recording, read_audio, write_audio
 from data.scores import is_notes
-from data.vocabulary import unknown_words
+from data.vocabulary import read_as_known, unknown_words
 from lm import LMModel
 from sampling.live import check_live, live_outputs
 from sampling.loading import DTYPES, codec_of
@@ -296,7 +296,10 @@ def check_together(args):
 
 
 def tell_unknown_words(config, checkpoint: str, texts):
-    """Says on stderr which words of the texts the model does not know."""
+    """Says on stderr which words of the texts the model does not know, and which are read as others."""
+    texts, replaced = zip(*[read_as_known(config, text) for text in texts])
+    for word, known in dict(pair for words in replaced for pair in words.items()).items():
+        print(f"--text: {word!r} is not known: read as {known!r}", file=sys.stderr)
     words = list(dict.fromkeys(unknown_words(config, texts)))
     if words:
         more = f" and {len(words) - 10} more" if len(words) > 10 else ""

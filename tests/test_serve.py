@@ -352,7 +352,7 @@ def test_twenty_at_once_and_many_in_a_row(server, monkeypatch):
 @pytest.fixture(scope="module")
 def words_model(world, tmp_path_factory):
     """A model whose T5 knows words, which the page offers."""
-    lm = LMModel(Config(**LM | dict(t5="words", t5_words="flute organ slow 75"))).eval()
+    lm = LMModel(Config(**LM | dict(t5="words", t5_words="flute organ slow 75", eval_tunes=True))).eval()
     return MusicGen(lm, EncodecModel.from_pretrained(world / "codec"))
 
 
@@ -390,15 +390,16 @@ def test_in_a_browser(words_model, world, tmp_path):
         browser.run("document.getElementById('known').open = true")
         browser.click("#chips button")                          # words: "flute"
         browser.run("document.getElementById('text').focus()")
-        browser.call("Input.insertText", text=" line, " + EVIL)
-        assert "does not know: img, src" in browser.text("#unknown")
+        browser.call("Input.insertText", text=" line, fifes, " + EVIL)
+        told = browser.text("#unknown")
+        assert told.startswith("fifes is not known: read as flute. ") and "does not know: img, src" in told
         browser.run("document.getElementById('duration').value = 1")
         browser.press("Enter")                                  # plays it
         browser.wait(f"{STATUS}.startsWith('Playing')")
         browser.wait(f"{STATUS} == 'Take 1 is ready.'")
         take = server.studio.takes[1]
         assert take["finished"] and take["wish"]["melody"] == 1
-        assert take["wish"]["text"] == "flute line, " + EVIL
+        assert take["wish"]["text"] == "flute line, fifes, " + EVIL
         assert EVIL in browser.text("#takes b") and browser.run("document.title") == "nanoMusicGen"
 
         browser.run("document.getElementById('duration').value = 300")

@@ -22,7 +22,7 @@ import torch
 from config import FIELDS
 from data.audio import conversion, read_audio, to_int16, write_audio
 from data.notes import FASTEST, SLOWEST, parse_notes, pitch_classes
-from data.vocabulary import FILLERS
+from data.vocabulary import FILLERS, readings
 from sampling.melodies import BPM, melody_chroma
 from sampling.takes import DEFAULT_CHECKPOINT, SETTINGS, metadata, tags_of
 from system.errors import UserError, naming
@@ -126,6 +126,7 @@ class Studio:
         settings = {flag: getattr(config, key) for flag, key in SETTINGS.items()}
         return {"checkpoint": "the shipped model" if shipped else checkpoint,
                 "text": config.text != "none", "words": words, "fillers": sorted(FILLERS),
+                "readings": readings(config),
                 "melody": config.melody != "none",
                 "sample_rate": self.model.sample_rate, "settings": settings, "longest": MAX_DURATION}
 

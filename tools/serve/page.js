@@ -410,8 +410,11 @@ function showWords() {              // which chips are in the text, and what the
   for (const chip of find("chips").children)
     chip.setAttribute("aria-pressed", String(used.has(chip.textContent)));
   if (!about.words) return;
-  const unknown = [...used].filter(word => !about.words.includes(word) && !about.fillers.includes(word));
-  find("unknown").textContent = unknown.length ? `This model does not know: ${unknown.join(", ")}` : "";
+  const read = [...used].filter(word => Object.hasOwn(about.readings, word));
+  const unknown = [...used].filter(word => ![...about.words, ...about.fillers, ...read].includes(word));
+  const told = read.map(word => `${word} is not known: read as ${about.readings[word]}`);
+  if (unknown.length) told.push(`This model does not know: ${unknown.join(", ")}`);
+  find("unknown").textContent = told.join(". ");
 }
 
 function toggleWord(word) {
