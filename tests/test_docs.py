@@ -395,7 +395,8 @@ def test_figures_of_the_language_model():
 
 def test_order_of_the_codebooks_in_the_log_of_a_run():
     """As docs/troubleshooting.md has it: codebook 1 is lowest after about a hundred updates, not before."""
-    lines = [json.loads(line) for line in (ROOT / "docs" / "records" / "2_start.jsonl").read_text().splitlines()]
+    log = ROOT / "docs/records/2_start.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     orders = {"train": [], "valid": []}
     for line in lines:
         orders[line["split"]].append((line["update"], sorted(range(1, 5), key=lambda k: line[f"ce_{k}"])))
