@@ -13,7 +13,6 @@ the table "nearest" of data/words.json. Captions of training data stay as they a
 import re
 
 from config import Config
-from data.describe import NEAREST
 
 # neither known nor missed: they hold captions together
 FILLERS = set("""a an the and or of in on at to for by with over from this that is it its as like per
@@ -45,6 +44,7 @@ def readings(config: Config) -> dict[str, str]:
     """
     if not (config.eval_tunes and knows_words(config)):
         return {}
+    from data.describe import NEAREST       # reads words.json, which no other model needs
     known = set(config.t5_words.split())
     pairs = [(word, name) for name, words in NEAREST.items() if name in known for word in words]
     return {form: name for word, name in pairs for form in (word, word + "s") if form not in known}
