@@ -162,8 +162,7 @@ class MusicGen:
         """
         descriptions = as_descriptions(descriptions)
         config = self.config
-        if config.eval_tunes:
-            descriptions = [read_as_known(config, text)[0] for text in descriptions]
+        descriptions = [read_as_known(config, text)[0] for text in descriptions]
         B = len(descriptions)
         chromas = [None] * B if chromas is None else chromas
         duration = config.segment_duration if duration is None else duration

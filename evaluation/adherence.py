@@ -119,7 +119,7 @@ def adherence(model, split: str, count: int) -> dict:
         others, wavs = (others[::2], others[1::2]) if column == "real" else (others, waves_of(wavs))
         enter(figures, column, {"log_mel_frechet": log_mel_frechet(others, wavs, config.sample_rate)})
     enter(figures, "text_only", {"valid": valid(sets["text_only"], config)})
-    alone = [text for text, truth in zip(texts, truths) if not (truth["bass"] or truth["chords"])]
+    alone = [text for text, truth in zip(texts, truths) if is_alone(truth)]
     out_of_domain_figures(figures, model, split, alone[:count // 2])
     long_figures(figures, model, split, max(2, count // 4))
     enter(figures, "text_only", users_figures(model, classifiers))
@@ -141,6 +141,11 @@ def melody_for(config, split: str, number: int, truth: dict, seconds: float | No
     """The melody of a clip, played by another instrument: it says nothing about the one that is asked for."""
     other = other_instrument(truth, 1 + number % (len(INSTRUMENTS) - 1))
     return clip(config, split, number, seconds, **truth | {"instrument": other}).melody
+
+
+def is_alone(truth: dict) -> bool:
+    """Whether the melody is heard without bass and chords, through which the tracker does not hear."""
+    return not any(truth.get(name) for name in ALONE)
 
 
 def share(values) -> float:
@@ -175,7 +180,7 @@ def melody_figures(wavs, clips, sample_rate: int) -> dict:
     """
     pieces, instruments = [], []
     for wav, asked in zip(waves_of(wavs), clips):
-        if all(not asked.truth.get(name) for name in ALONE):
+        if is_alone(asked.truth):
             pieces.append((wav, asked.notes))
             instruments.append(asked.truth["instrument"])
     return note_figures(pieces, sample_rate, instruments)
