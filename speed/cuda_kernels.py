@@ -13,7 +13,9 @@ But lm.py's is about 17 kernels, most of which start, do next to nothing, and en
 
 Four of them are `product`, and so are the heads. A program of it reads a few rows of the matrix, each whole,
 before all else: these bytes are under way while it waits for x and normalizes it. On a GPU from Hopper on, a
-kernel may start before the one in front has ended, and asks for its weights meanwhile (`EARLY`).
+kernel may start before the one in front has ended, and asks for its weights meanwhile (`EARLY`). Reading is so
+fast that instructions count as well: few threads do many numbers each, since every thread takes part in the
+norm and in the sums across threads; and widths such as 1536 are three pieces of 512 rather than 2048 with a mask.
 
 Sums are in float32; what passes from kernel to kernel is rounded to the model's dtype, as in lm.py.
 """
@@ -27,44 +29,77 @@ except ImportError:     # an older triton
     gdc_launch_dependents = gdc_wait = None
 
 MOST_ROWS = 4       # for more of them, products of matrices are faster
-CHUNK = 64          # positions that one program attends to
-PROGRAMS = 384      # of a product, at least: about three for each of a GPU's processors
+CHUNK = 128         # positions that one program attends to
+PROGRAMS = 768      # of a product behind a norm, about: six for each of a GPU's processors
 
 
 @triton.jit
-def product(x, weight, residual, out, norm_weight, norm_bias, B, N, eps, K: tl.constexpr, BLOCK: tl.constexpr,
-            ROWS: tl.constexpr, MOST: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
-            EARLY: tl.constexpr):
-    """out (B, N) = x (B, K) @ weight (N, K).T with what is asked for in front and behind."""
-    b = tl.arange(0, MOST)[:, None]                                         # MOST >= B, a power of two
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK)                                                 # BLOCK >= K, a power of two
-    w = tl.load(weight + n[:, None] * K + k[None, :], mask=(n[:, None] < N) & (k[None, :] < K), other=0.0,
-                eviction_policy="evict_first")
+def rows_of(weight, n, N, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows n of a matrix (N, K): a tuple of K / BLOCK pieces (ROWS, BLOCK). They are read once, so need no cache."""
+    where = weight + n[:, None] * K + tl.arange(0, BLOCK)[None, :]
+    pieces = ()
+    for j in tl.static_range(K // BLOCK):
+        pieces += (tl.load(where + j * BLOCK, mask=(n < N)[:, None], other=0.0, eviction_policy="evict_first"),)
+    return pieces
+
+
+@triton.jit
+def vector(base, K: tl.constexpr, BLOCK: tl.constexpr):
+    """K numbers in float32: a tuple of K / BLOCK pieces (BLOCK,)."""
+    pieces = ()
+    for j in tl.static_range(K // BLOCK):
+        pieces += (tl.load(base + j * BLOCK + tl.arange(0, BLOCK)).to(tl.float32),)
+    return pieces
+
+
+@triton.jit
+def product(x, weight, residual, out, norm_weight, norm_bias, N, eps, B: tl.constexpr, K: tl.constexpr,
+            BLOCK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr,
+            ADD: tl.constexpr, EARLY: tl.constexpr):
+    """out (B, N) = x (B, K) @ weight (N, K).T with what is asked for in front and behind.
+
+    A program does ROWS rows of the matrix, TILES times. BLOCK: a power of two that divides K.
+    """
+    PIECES: tl.constexpr = K // BLOCK
+    n = tl.program_id(0) * TILES * ROWS + tl.arange(0, ROWS)
+    after = rows_of(weight, n, N, K, BLOCK)
     if NORM:
-        scale = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
-        shift = tl.load(norm_bias + k, mask=k < K, other=0.0).to(tl.float32)
+        scale, shift = vector(norm_weight, K, BLOCK), vector(norm_bias, K, BLOCK)
     if EARLY:
         gdc_wait()                  # here the kernel in front has ended, and x is there
         gdc_launch_dependents()     # the next one may start
-    within = (b < B) & (k[None, :] < K)
-    place, stored = b * N + n[None, :], (b < B) & (n[None, :] < N)
-    h = tl.load(x + b * K + k[None, :], mask=within, other=0.0).to(tl.float32)
-    if ADD:
-        before = tl.load(residual + place, mask=stored, other=0.0).to(tl.float32)
-    if NORM:
-        h = tl.where(within, h - tl.sum(h, 1)[:, None] / K, 0.0)
-        h = h * tl.rsqrt(tl.sum(h * h, 1)[:, None] / K + eps) * scale[None, :] + shift[None, :]
-        h = h.to(x.dtype.element_ty).to(tl.float32)
-    y = tl.zeros((MOST, ROWS), tl.float32)
-    for i in tl.static_range(MOST):
-        row = tl.sum(tl.where(b == i, h, 0.0), 0)                           # h[i]
-        y = tl.where(b == i, tl.sum(w.to(tl.float32) * row[None, :], 1)[None, :], y)
-    if GELU:
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    if ADD:
-        y += before
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=stored)
+    h = ()                          # x, or its norm: PIECES pieces for each row
+    for b in tl.static_range(B):
+        row = vector(x + b * K, K, BLOCK)
+        if NORM:
+            total = row[0]
+            for j in tl.static_range(1, PIECES):
+                total += row[j]
+            mean = tl.sum(total, 0) / K
+            squares = (row[0] - mean) * (row[0] - mean)
+            for j in tl.static_range(1, PIECES):
+                squares += (row[j] - mean) * (row[j] - mean)
+            rate = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+            for j in tl.static_range(PIECES):
+                y = (row[j] - mean) * rate * scale[j] + shift[j]
+                h += (y.to(x.dtype.element_ty).to(tl.float32),)
+        else:
+            h += row
+    for tile in tl.static_range(TILES):
+        w = after
+        if tile + 1 < TILES:        # the next rows are under way while these are multiplied
+            after = rows_of(weight, n + ROWS, N, K, BLOCK)
+        for b in tl.static_range(B):
+            total = w[0].to(tl.float32) * h[b * PIECES][None, :]
+            for j in tl.static_range(1, PIECES):
+                total += w[j].to(tl.float32) * h[b * PIECES + j][None, :]
+            y = tl.sum(total, 1)
+            if GELU:
+                y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+            if ADD:
+                y += tl.load(residual + b * N + n, mask=n < N, other=0.0).to(tl.float32)
+            tl.store(out + b * N + n, y.to(out.dtype.element_ty), mask=n < N)
+        n += ROWS
 
 
 @triton.jit
@@ -133,26 +168,26 @@ def early(device: torch.device) -> dict:
     return dict(EARLY=True, launch_pdl=True) if can else dict(EARLY=False)
 
 
-def programs_of(K: int, N: int, size: int, norm: bool) -> tuple[int, int, int]:
-    """BLOCK, ROWS and warps of `product`: at most 256 bytes of the matrix a thread, or 128 with a norm.
+def programs_of(B: int, K: int, N: int, norm: bool) -> tuple[int, int, int]:
+    """ROWS, TILES and warps of `product`: what was fastest on an H100 for the shapes of 300 M and 1.5 B.
 
-    These are what is under way at a time, from the memory to registers; more of them would fill those.
+    The norm is computed again by each program, so with it there are just as many as run at the same time.
     """
-    block = triton.next_power_of_2(K)
-    warps = 8 if block >= 2048 else 4
-    rows = min((128 if norm else 256) * 32 * warps // (block * size), N // PROGRAMS)
-    return block, 1 << max(rows, 1).bit_length() - 1, warps
+    if norm:
+        return 2, max(N // (2 * PROGRAMS), 1), max(triton.next_power_of_2(K) // 1024, 1)
+    warps = 8 if K > 2048 else triton.cdiv(B, 2)
+    rows = max((16384 if K > 2048 else 4096) // K, 1)
+    return 1 << rows.bit_length() - 1, 1, warps
 
 
 def call_product(x, layer, out, start: dict, norm=None, residual=None, gelu=False):
     """out = layer(norm(x)), through GELU or added to the residual; x (B, K), out (B, N)."""
     (B, K), N = x.shape, out.shape[1]
-    block, rows, warps = programs_of(K, N, x.element_size(), norm is not None)
+    rows, tiles, warps = programs_of(B, K, N, norm is not None)
     scale, shift, eps = (x, x, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    product[(triton.cdiv(N, rows),)](
-        x, layer.weight, x if residual is None else residual, out, scale, shift, B, N, eps, K=K, BLOCK=block,
-        ROWS=rows, MOST=triton.next_power_of_2(B), NORM=norm is not None, GELU=gelu, ADD=residual is not None,
-        num_warps=warps, **start)
+    product[(triton.cdiv(N, rows * tiles),)](
+        x, layer.weight, x if residual is None else residual, out, scale, shift, N, eps, B=B, K=K, BLOCK=K & -K,
+        ROWS=rows, TILES=tiles, NORM=norm is not None, GELU=gelu, ADD=residual is not None, num_warps=warps, **start)
 
 
 def can_run(lm) -> bool:
