@@ -65,11 +65,10 @@ class DAdaptAdam(torch.optim.Optimizer):
         r <- b2 r + (1 - b2) lam^2 sum(g^2 / a)
         d <- max(d, min(d_hat, growth_rate d))     d_hat = (sum(s^2 / a) / (1 - b2) - r) / sum|s|
 
-    The numerator of d_hat is the square of a sum of gradients without their single squares. Gradients that
-    agree for long make it large: there is far to go. Around the solution they point both ways, it falls, and
-    d stays. The paper proves a bound with a 2 below the line; this d, without it, can pass the distance by a
-    few times (docs/training.md has the proof and an example). d starts at 1e-6, grows within about a hundred
-    updates, and never falls: lower lr if the loss rises. It is audiocraft's; `dadaptation` 3.x has another.
+    The numerator of d_hat is the square of a sum of gradients without their single squares: large while they
+    agree, so that there is far to go. The paper's bound has a 2 below the line; this d can pass the distance
+    by a few times (docs/training.md: proof, example). d starts at 1e-6, grows within about a hundred updates,
+    and never falls: lower lr if the loss rises. It is audiocraft's; `dadaptation` 3.x has another.
     """
 
     def __init__(self, params, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, d0=1e-6,
@@ -93,8 +92,8 @@ class DAdaptAdam(torch.optim.Optimizer):
         weights, g, m, v, s = self.tensors_of(params)
         b2, d, r = group["betas"][1], group["d"], group["r"]
         lam = d * group["lr"]
-
-        sums = self.update_moments(g, m, v, s, lam)
+        sums = sum(self.update_moments(*part, lam)
+                   for part in parts_of(g, m, v, s))
         g_sum, s_sum, s_norm = sum_over_shards(sums, params)
 
         seen = s_norm > 0       # as long as every gradient was zero, nothing happens
@@ -103,7 +102,9 @@ class DAdaptAdam(torch.optim.Optimizer):
         d_next = torch.maximum(d, torch.minimum(d_hat, d * group["growth_rate"]))
         r.copy_(torch.where(seen, r_next, r))
         d.copy_(torch.where(seen, d_next, d))
-        self.update_weights(weights, m, v, group["weight_decay"] * lam * seen)
+        shrink = group["weight_decay"] * lam * seen
+        for part in parts_of(weights, m, v):
+            self.update_weights(*part, shrink)
 
     def tensors_of(self, params):
         """Five lists: weights, gradients, and m, v, s, which begin at zero."""
@@ -135,6 +136,12 @@ class DAdaptAdam(torch.optim.Optimizer):
         a = torch._foreach_sqrt(v)
         torch._foreach_add_(a, self.param_groups[0]["eps"])
         return a
+
+
+def parts_of(*lists, most=16):
+    """The lists, so many tensors at a time: what is computed between takes memory of their size."""
+    for n in range(0, len(lists[0]), most):
+        yield [tensors[n:n + most] for tensors in lists]
 
 
 def weighted_square_sum(tensors, a):

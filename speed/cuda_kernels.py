@@ -13,9 +13,11 @@ But lm.py's is about 17 kernels, most of which start, do next to nothing, and en
 
 Four of them are `product`, and so are the heads. A program of it reads a few rows of the matrix, each whole,
 before all else: these bytes are under way while it waits for x and normalizes it. On a GPU from Hopper on, a
-kernel may start before the one in front has ended, and asks for its weights meanwhile (`EARLY`). Reading is so
-fast that instructions count as well: few threads do many numbers each, since every thread takes part in the
-norm and in the sums across threads; and widths such as 1536 are three pieces of 512 rather than 2048 with a mask.
+kernel may start before the one in front has ended, and asks for its weights meanwhile (`EARLY`).
+
+Reading is so fast that instructions count as well. So few threads do many numbers each, since all of them
+take part in the norm and in sums across threads, and a width of 1536 is three pieces of 512, not 2048 with
+a mask.
 
 Sums are in float32; what passes from kernel to kernel is rounded to the model's dtype, as in lm.py.
 """
@@ -35,11 +37,12 @@ PROGRAMS = 768      # of a product behind a norm, about: six for each of a GPU's
 
 @triton.jit
 def rows_of(weight, n, N, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows n of a matrix (N, K): a tuple of K / BLOCK pieces (ROWS, BLOCK). They are read once, so need no cache."""
+    """Rows n of a matrix (N, K), in a tuple of K / BLOCK pieces (ROWS, BLOCK)."""
     where = weight + n[:, None] * K + tl.arange(0, BLOCK)[None, :]
     pieces = ()
     for j in tl.static_range(K // BLOCK):
-        pieces += (tl.load(where + j * BLOCK, mask=(n < N)[:, None], other=0.0, eviction_policy="evict_first"),)
+        piece = tl.load(where + j * BLOCK, mask=(n < N)[:, None], other=0.0, eviction_policy="evict_first")
+        pieces += (piece,)
     return pieces
 
 
@@ -54,8 +57,8 @@ def vector(base, K: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def product(x, weight, residual, out, norm_weight, norm_bias, N, eps, B: tl.constexpr, K: tl.constexpr,
-            BLOCK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr,
-            ADD: tl.constexpr, EARLY: tl.constexpr):
+            BLOCK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NORM: tl.constexpr,
+            GELU: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr):
     """out (B, N) = x (B, K) @ weight (N, K).T with what is asked for in front and behind.
 
     A program does ROWS rows of the matrix, TILES times. BLOCK: a power of two that divides K.
@@ -186,8 +189,9 @@ def call_product(x, layer, out, start: dict, norm=None, residual=None, gelu=Fals
     rows, tiles, warps = programs_of(B, K, N, norm is not None)
     scale, shift, eps = (x, x, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     product[(triton.cdiv(N, rows * tiles),)](
-        x, layer.weight, x if residual is None else residual, out, scale, shift, N, eps, B=B, K=K, BLOCK=K & -K,
-        ROWS=rows, TILES=tiles, NORM=norm is not None, GELU=gelu, ADD=residual is not None, num_warps=warps, **start)
+        x, layer.weight, x if residual is None else residual, out, scale, shift, N, eps, B=B, K=K,
+        BLOCK=K & -K, ROWS=rows, TILES=tiles, NORM=norm is not None, GELU=gelu, ADD=residual is not None,
+        num_warps=warps, **start)
 
 
 def can_run(lm) -> bool:

@@ -82,6 +82,22 @@ def test_dadapt_adam_finds_the_distance_and_resumes_from_its_state():
     assert (p - goal).abs().mean() < 0.05 and 0.01 < float(first.param_groups[0]["d"]) < 10
 
 
+def test_dadapt_adam_of_many_tensors_is_that_of_one():
+    """It takes them in parts (train.parts_of), of which all have to count in d."""
+    torch.manual_seed(0)
+    goal = torch.randn(50, 4)
+    whole, rows = nn.Parameter(torch.zeros(50, 4)), [nn.Parameter(torch.zeros(4)) for _ in goal]
+    optimizers = [DAdaptAdam(params, betas=(0.9, 0.99), weight_decay=0.1) for params in ([whole], rows)]
+    for _ in range(20):
+        whole.grad = whole.detach() - goal
+        for row, target in zip(rows, goal):
+            row.grad = row.detach() - target
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(torch.stack(list(rows)), whole, rtol=1e-3, atol=1e-3)
+    assert float(optimizers[0].param_groups[0]["d"]) > 1      # from 1e-6
+
+
 def test_dadapt_adam_refuses_half_precision_weights():
     with pytest.raises(ValueError, match="float32"):
         DAdaptAdam([nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))])
