@@ -27,18 +27,19 @@ from train import LMTraining, cosine_lr
 from training.log import memory_gb
 
 CHANGES = dict(
-    sample_rate=16000, ratios="(5,4,4,4)", radix2_exp=13, codec="checkpoints/tiny/codec", t5="bytes",
-    segment_duration=2.0, batch_size=1, epochs=1, updates_per_epoch=6, warmup=1, lr=2e-4,
+    sample_rate=16000, ratios="(5,4,4,4)", radix2_exp=13, t5="bytes", segment_duration=2.0,
+    batch_size=1, epochs=1, updates_per_epoch=6, warmup=1, lr=2e-4,
     checkpointing=True, device="cpu")
 
 
-def copy_data(prepared: Path, to: Path):
-    """Copies prepared data, as if its codes had 2,048 entries."""
+def copy_data(prepared: Path, to: Path) -> dict:
+    """Copies prepared data, as if its codes had 2,048 entries. -> how it was prepared"""
     for path in prepared.iterdir():
         if path.suffix in (".u16", ".u8"):
             shutil.copy(path, to)
     index = json.loads((prepared / "index.json").read_text())
     (to / "index.json").write_text(json.dumps(index | {"card": 2048}))
+    return {key: index[key] for key in ("melody_form", "codec")}
 
 
 def adamw_in_the_backward_pass(module, config) -> list:
@@ -87,8 +88,8 @@ def train(config):
 def main(argv):
     prepared, *more = argv
     with tempfile.TemporaryDirectory() as data_dir:
-        copy_data(Path(prepared), Path(data_dir))
-        changes = [f"--{key}={value}" for key, value in {**CHANGES, "data_dir": data_dir}.items()]
+        made = copy_data(Path(prepared), Path(data_dir))
+        changes = [f"--{key}={value}" for key, value in {**CHANGES, **made, "data_dir": data_dir}.items()]
         train(load(["config/melody.py", *changes, *more]))
 
 

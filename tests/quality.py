@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from evaluation.clips import caption, clip
 from lm import codebook_cross_entropy
 from sample import MusicGen, condition_passes
+from system.command import run
 
 BATCH = 8
 
@@ -53,14 +54,14 @@ def measure(lm, codes, texts):
     return torch.stack(losses).mean().item(), torch.cat(choices)
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", default=str(ROOT / "checkpoints" / "tiny"))
     add("--dtypes", nargs="+", default=["int8", "int4"])
     add("--clips", type=int, default=16)
     add("--frames", type=int, default=200, help="of each clip")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     plain = MusicGen.from_pretrained(args.checkpoint, "cpu")
     codes, texts = clips(plain, args.clips, args.frames)
     loss, choices = measure(plain.lm, codes, texts)
@@ -76,4 +77,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main, sys.argv[1:])

@@ -4,7 +4,12 @@
 """
 import argparse
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -337,6 +342,17 @@ def test_a_mistake_is_refused(tmp_path, flags):
     with pytest.raises(UserError):
         tunes.main(["--out", str(tmp_path), *flags.split()])
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_in_one_word(tmp_path):
+    """It reaches the workers, too: a terminal sends it to all processes of a command."""
+    arguments = [sys.executable, ROOT / "data/tunes.py", "--out", tmp_path, "--seconds=1", "--workers=2"]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.rglob("*.json")) and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.endswith("interrupted\n") and "Traceback" not in said
 
 
 def test_a_mistake_ends_in_one_sentence(tmp_path):

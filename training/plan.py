@@ -54,7 +54,7 @@ def plan(config: Config, processes: int = 1, device_bytes: float | None = None) 
           f"{config.segment_frames} frames), {config.updates_per_epoch:,} updates an epoch, "
           f"{config.total_updates:,} in all")
     if device_bytes:
-        print_verdict(memory["together"], device_bytes)
+        print_verdict(memory["together"], device_bytes, processes)
     return {"parameters": params, "trained": trained, **memory, "tokens_per_update": tokens}
 
 
@@ -66,12 +66,15 @@ def print_assumptions(config: Config, processes: int, items: int):
     print("memory of each process:")
 
 
-def print_verdict(memory: float, device_bytes: float):
+def print_verdict(memory: float, device_bytes: float, processes: int):
     verdict = "it fits"
     if memory > 0.9 * device_bytes:
         verdict = ("it does NOT fit; more processes, more grad_accum, checkpointing, sharding = 'fsdp' or "
                    "lora_rank help")
     print(f"the device has {device_bytes / 1e9:.1f} GB: {verdict}")
+    if processes > 1:
+        shared = processes * memory / 1e9
+        print(f"(if each process has such a device; processes that share it take {shared:.1f} GB)")
 
 
 def activation_bytes(config: Config) -> float:
