@@ -59,14 +59,20 @@ def capability(name: str):
     return capabilities.get(name, False)
 
 
+def onednn_may_use(*kinds: str) -> bool:
+    """Whether its switch ONEDNN_MAX_CPU_ISA, with which other processors are tried, leaves one of these."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    return most in ("ALL", "DEFAULT") or any(kind in most for kind in kinds)
+
+
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself."""
-    return capability("avx512_bf16")
+    return capability("avx512_bf16") and onednn_may_use("BF16", "FP16", "AMX", "AVX10")
 
 
 def has_tiles() -> bool:
     """Whether it has matrix units for bfloat16 (AMX), beside which all that is no product takes long."""
-    return capability("amx_bf16")
+    return capability("amx_bf16") and onednn_may_use("AMX")
 
 
 # --- the library --------------------------------------------------------------------------------------------

@@ -497,6 +497,18 @@ def test_a_folded_codec_is_the_same(options, L, monkeypatch):
     assert not any("packed" in name for name in saved)
 
 
+@pytest.mark.parametrize("most, bfloat16, tiles", [
+    ("", True, True), ("ALL", True, True), ("avx512_core_amx", True, True), ("AVX512_CORE_BF16", True, False),
+    ("AVX512_CORE", False, False), ("AVX2", False, False)])
+def test_a_processor_that_is_tried_by_onednns_switch(monkeypatch, most, bfloat16, tiles):
+    """Products that oneDNN may not use would be emulated, many times slower than those of float32."""
+    monkeypatch.setattr(kernels, "capability", lambda name: True)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if most:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert (kernels.has_bfloat16(), kernels.has_tiles()) == (bfloat16, tiles)
+
+
 def test_the_shipped_codec_in_bfloat16():
     """At least 35 dB above its error, and the same codes: the encoder stays in float32."""
     plain, half = (optimize_codec(EncodecModel.from_pretrained(SHIPPED).fold(), dtype)
