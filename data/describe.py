@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 WORDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
-NEAREST = WORDS.pop("nearest")      # ours: [instruments that are read as it]
+NEAREST = WORDS.pop("nearest")      # ours: [words that are read as it]
 
 
 def all_words(tree=WORDS) -> set:

@@ -7,8 +7,8 @@ Whether "techno" and "xyzzy" give the same music is chance.
 
     read_as_known(config, "a saxophone solo")           # "a clarinet solo", {"saxophone": "clarinet"}
 
-So texts that music is made from, and these alone, are given the nearest instrument that the model knows, by
-the table "nearest" of data/words.json. Captions of training data stay as they are.
+So texts that music is made from, and these alone, are given the nearest instrument or tempo that the model
+knows, by the table "nearest" of data/words.json. Captions of training data stay as they are.
 """
 import re
 
@@ -37,7 +37,7 @@ def unknown_words(config: Config, texts) -> list[str]:
 
 
 def readings(config: Config) -> dict[str, str]:
-    """{instrument that the model does not know: the nearest one that it knows}, plurals with an s included.
+    """{instrument or tempo that the model does not know: the nearest that it knows}, with an s behind, too.
 
     Only a model of the embedded tunes (eval_tunes = True) has any: one that was tuned on other music may have
     learned there what a saxophone is.
@@ -56,8 +56,8 @@ def read_as_known(config: Config, text: str | None) -> tuple[str | None, dict[st
 
     def read(match):
         word = match[0].lower()
-        if word not in nearest:
-            return match[0]
         replaced[word] = nearest[word]
         return nearest[word]
-    return text and re.sub(r"\w+", read, text), replaced
+    if text and nearest:
+        text = re.sub(rf"\b({'|'.join(nearest)})\b", read, text, flags=re.IGNORECASE)
+    return text, replaced

@@ -1,6 +1,6 @@
 """The words that a model does not know are told: by sample.py, and by data/prepare.py at its end.
 
-Of instruments that it does not know it is given the nearest that it does.
+Of instruments and tempi that it does not know it is given the nearest that it does.
 
     python -m pytest tests/test_vocabulary.py
 """
@@ -53,12 +53,13 @@ def test_preparing_tells_the_words_of_captions_with_counts(capsys):
     assert "t5_words" not in capsys.readouterr().out
 
 
-# --- the nearest instrument -------------------------------------------------------------------------------
+# --- the nearest instrument or tempo ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, read, replaced", [
     ("a saxophone solo", "a clarinet solo", {"saxophone": "clarinet"}),
     ("Two SAXOPHONES, Fife-like.", "Two clarinet, flute-like.", {"saxophones": "clarinet", "fife": "flute"}),
-    ("saxophonic techno flutes", "saxophonic techno flutes", {}),
+    ("An Up-Tempo song, vivo", "An fast song, fast", {"up-tempo": "fast", "vivo": "fast"}),
+    ("saxophonic techno flutes, up", "saxophonic techno flutes, up", {}),
     ("", "", {}), (None, None, {})])
 def test_an_instrument_that_is_not_known_is_read_as_the_nearest(text, read, replaced):
     assert read_as_known(TINY, text) == (read, replaced)
@@ -79,14 +80,16 @@ def test_fine_tuning_the_shipped_model_leaves_the_words_to_it():
 def test_the_table_holds_single_words_that_are_not_known_and_names_that_are():
     words = [word for words in NEAREST.values() for word in words]
     assert len(set(words)) == len(words) >= 80
-    assert all(re.fullmatch(r"[a-z]+", word) for word in words)
-    assert NEAREST.keys() == WORDS["instruments"].keys()
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)?", word) for word in words)
+    tempi = dict(slow="slow", moderate="medium", fast="fast")
+    assert NEAREST.keys() == WORDS["instruments"].keys() | tempi.keys()
     for config in (TINY, load([str(ROOT / "config" / "tiny.py")])):
         known = set(config.t5_words.split())
         assert not set(words) & (known | FILLERS)
         assert set(readings(config).values()) == NEAREST.keys() <= known
         for name in NEAREST:
-            assert name in WORDS["instruments"][name]
+            same = WORDS["tempi"][tempi[name]] if name in tempi else WORDS["instruments"][name]
+            assert name in same
     assert not set(words) & KNOWN, "in captions"
 
 

@@ -410,8 +410,10 @@ function showWords() {              // which chips are in the text, and what the
   for (const chip of find("chips").children)
     chip.setAttribute("aria-pressed", String(used.has(chip.textContent)));
   if (!about.words) return;
-  const read = [...used].filter(word => Object.hasOwn(about.readings, word));
-  const unknown = [...used].filter(word => ![...about.words, ...about.fillers, ...read].includes(word));
+  const read = Object.keys(about.readings).filter(    // "up-tempo" is two words here
+    word => used.has(word) || word.includes("-") && find("text").value.toLowerCase().includes(word));
+  const known = [...about.words, ...about.fillers, ...read.flatMap(wordsOf)];
+  const unknown = [...used].filter(word => !known.includes(word));
   const told = read.map(word => `${word} is not known: read as ${about.readings[word]}`);
   if (unknown.length) told.push(`This model does not know: ${unknown.join(", ")}`);
   find("unknown").textContent = told.join(". ");
