@@ -138,10 +138,10 @@ class DAdaptAdam(torch.optim.Optimizer):
         return a
 
 
-def parts_of(*lists, most=16):
-    """The lists, so many tensors at a time: what is computed between takes memory of their size."""
-    for n in range(0, len(lists[0]), most):
-        yield [tensors[n:n + most] for tensors in lists]
+def parts_of(*lists):
+    """The lists, 16 tensors of each at a time, so that what is computed from them takes little memory."""
+    for n in range(0, len(lists[0]), 16):
+        yield [tensors[n:n + 16] for tensors in lists]
 
 
 def weighted_square_sum(tensors, a):

@@ -130,8 +130,8 @@ def main(argv):
     for split, clips in zip(SPLITS, args.clips):
         for index in range(clips * len(tunes_of(split))):
             jobs.append((args, split, index))
-    workers = args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: for this process alone
-    with multiprocessing.get_context("spawn").Pool(*workers) as pool:
+    ignored = signal.SIGINT, signal.SIG_IGN     # by the workers: Ctrl-C is for this process alone
+    with multiprocessing.get_context("spawn").Pool(args.workers, signal.signal, ignored) as pool:
         for _ in tqdm(pool.imap_unordered(write_clip, jobs, chunksize=8), total=len(jobs), unit="clip"):
             pass
     print(f"{args.out}: {len(jobs)} clips of {args.seconds:g} s, {len(jobs) * args.seconds / 3600:.1f} h")
