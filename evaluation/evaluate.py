@@ -28,12 +28,14 @@ from evaluation.metrics import (codebook_use, compare_chroma, frechet_distance, 
 from evaluation.probes import OPUS, distances, has_opus, opus_roundtrip, probes
 from evaluation.waves import codec_roundtrip
 from sample import MusicGen
+from sampling.loading import load_models
 from system.devices import pick_device
 from system.errors import UserError
 from system.files import check_writable, write_atomic
 from training.figures import rounded, with_perplexity
 
 BATCH = 8       # segments at a time, at most
+HOW_TO_SAMPLE = ("seed", "cfg_coef", "temperature", "top_k", "top_p")   # as this command says, not the model
 
 
 def evaluate(config: Config, split: str) -> dict:
@@ -135,7 +137,10 @@ def evaluate_lm(config: Config, split: str, out: Path, device) -> dict:
 
     Raises UserError when the split has fewer than three tracks.
     """
-    model = MusicGen.from_pretrained(str(out), config.device)
+    lm, codec = load_models(str(out), config.device)
+    for key in HOW_TO_SAMPLE:
+        setattr(lm.config, key, getattr(config, key))
+    model = MusicGen(lm, codec)
     items = held_out(TokenSegments(config, split), config.n_eval_wavs)
     if len(items) < 3:
         raise UserError(f"{config.data_dir}: {split} has {len(items)} tracks of segment_duration; "

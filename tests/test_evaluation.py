@@ -19,6 +19,14 @@ def test_evaluation_of_a_language_model(lm_run, training_data):
     assert figures == json.loads((lm_run / "eval_train.json").read_text()) and figures["frechet"] >= 0
 
 
+def test_an_evaluation_samples_as_its_command_says(lm_run, training_data):
+    def frechet(**changes):
+        config = Config(**settings(training_data, lm_run, "lm", n_eval_wavs=3, **changes))
+        return evaluate(config, "train")["frechet"]
+    assert frechet(temperature=0.0) == frechet(temperature=0.0, seed=2) != frechet()
+    assert frechet(cfg_coef=1.0) != frechet() != frechet(seed=2)
+
+
 def test_evaluation_of_a_codec(codec_run, training_data):
     figures = evaluate(Config(**settings(training_data, codec_run, "codec")), "test")
     assert 0 <= figures["chroma_agreement"] <= 1 and figures["files"] == 1 and len(figures["perplexity"]) == 2
