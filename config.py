@@ -78,7 +78,7 @@ class Config:
 
     # --- melody conditioner (chroma.py) --------------------------------------------------------------------
     melody: str = architecture("prepend", "how the melody enters the language model", choices=FUSIONS)
-    n_chroma: int = architecture(12, "Q, pitch classes", most=1024)
+    n_chroma: int = architecture(12, "pitch classes", most=1024)
     radix2_exp: int = architecture(14, "the window has 2 ** radix2_exp samples", least=4, most=20)
     melody_form: str = architecture("chroma", "what a model is told; notes: ours", choices="chroma notes")
     stem: str = setting("auto", "that chroma is taken from", choices="auto none hpss demucs")
@@ -103,7 +103,7 @@ class Config:
     # --- language model (patterns.py, lm.py) ---------------------------------------------------------------
     dim: int = architecture(1536, "D, width")
     num_heads: int = architecture(24, "H, attention heads")
-    num_layers: int = architecture(48, "N, layers", most=1024)
+    num_layers: int = architecture(48, "layers", most=1024)
     hidden_scale: int = architecture(4, "feed-forward width over D", most=64)
     dropout: float = fraction(0.0, "share of feed-forward outputs zeroed in training")
     # rope: rotations; with them (and both, sin_rope) a melody frame has the time of the music it belongs to

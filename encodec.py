@@ -349,7 +349,8 @@ def demo(file=Path(__file__).parent / "assets/ode_to_joy.wav"):
         back = back[..., :wav.shape[-1]]
         size = wav.norm().clamp(min=1e-8)       # of silence, too
         error = float((wav - back).norm() / size)
-        print(f"{k} codebooks: error |x - y| / |x| = {error:.3f}  {'#' * round(100 * min(error, 1))}")
+        plural = "s" * (k > 1)
+        print(f"{k} codebook{plural}: error |x - y| / |x| = {error:.3f}  {'#' * round(100 * min(error, 1))}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     codes (B, K, T) --pattern--> sequence (B, K, S)
        --K embeddings, summed--> (B, S, D)
        --[melody | text] in front (the prefix), plus positions--> (B, P + S, D)
-       --N layers: x += attention(norm(x)); [x += cross-attention(norm(x), text)]; x += feed(norm(x))-->
+       --all layers: x += attention(norm(x)); [x += cross-attention(norm(x), text)]; x += feed(norm(x))-->
        --K linear heads--> logits (B, K, S, V)               column s predicts the codes of column s + 1
 
     python lm.py            # parameters of the paper's models; decoding with the cache against one plain pass
@@ -160,7 +160,7 @@ class LMModel(nn.Module):
         self.out_norm = nn.LayerNorm(config.dim)
         self.lm_heads = Projection(config.dim, config.n_q * config.card)    # K heads in one
         self.conditioner = Conditioners(config)
-        # Without added positions, frames of zeros ("no text", "no melody") would reach the norms as zeros,
+        # Without full sinusoids, frames of zeros ("no text", "no melody") would reach the norms as zeros,
         # where each multiplies the gradient by 1 / sqrt(eps). A learned vector on prefix frames avoids that.
         self.prefix_mark = None
         if config.positional_embedding != "sin":
@@ -348,7 +348,7 @@ class LMModel(nn.Module):
 def codebook_cross_entropy(logits, codes, mask, weight=1.0):
     """logits (B, K, T, V), codes (B, K, T), mask (K, T) or (B, K, T) -> mean over valid positions, (K,).
 
-    Minus the logarithm of p_tk of MusicGen's equation 3, of each codebook given all columns before its own.
+    Minus the log-probability of each code, given all columns before its own (MusicGen, equation 3).
     weight: of each frame, (T,) or 1.
     """
     B, K, T, V = logits.shape

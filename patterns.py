@@ -99,7 +99,7 @@ class DelayPattern(Pattern):
         columns = [[]] * (1 + self.empty_initial)
         for t in range(min(T, first)):
             columns += [[(t, k)] for k, _ in delays]
-        for t in range(first, T + max(self.delays, default=0)):     # of a codebook without delay
+        for t in range(first, T + max(self.delays, default=0)):     # t: of a codebook without delay
             columns.append([(t - d, k) for k, d in delays if t - d >= first])
         return columns
 
@@ -174,13 +174,13 @@ def from_config(config):
 
 
 def _take(x, index, fill):
-    """x (B, K, N, ...) -> x[:, k, index[k, m]] (B, K, M, ...), mask (K, M); `fill` if index is not in N."""
-    K, N = x.shape[1:3]
+    """x (B, K, n, ...) -> x[:, k, index[k, m]] (B, K, m, ...), mask (K, m); `fill` outside of 0 ... n - 1."""
+    K, n = x.shape[1:3]
     if K != len(index):
         raise ValueError(f"this pattern has {len(index)} codebooks, not {K}")
-    mask = (index >= 0) & (index < N)
+    mask = (index >= 0) & (index < n)
     row = torch.arange(K, device=index.device)[:, None]
-    place = index.clamp(0, N - 1) + N * row                             # in x[b].flatten()
+    place = index.clamp(0, n - 1) + n * row                             # in x[b].flatten()
     taken = x.flatten(1, 2).index_select(1, place.flatten()).unflatten(1, index.shape)
     outside = ~mask if x.dim() == 3 else ~mask[..., None]
     return taken.masked_fill(outside, fill), mask

@@ -43,9 +43,9 @@ class ResidualVectorQuantizer(nn.Module):
         residual = x.transpose(1, 2).reshape(B * T, Z)                  # r_1: one row per frame
         gathered, own = residual.detach(), slice(None)
         if self.training:
-            gathered, own = gather_rows(gathered)                       # (B T processes, Z)
+            gathered, own = gather_rows(gathered)                       # (processes · B T, Z)
             gathered = gathered.nan_to_num(0.0, 0.0, 0.0)  # a NaN would stay in the averages for good
-            # Passes so far seed all draws: all processes draw alike, and a resumed run as if never stopped.
+            # Passes so far seed all draws: all processes draw alike, and so does a resumed run.
             passes = [int(codebook.inited) for codebook in self.codebooks]
             if n_q is None and self.q_dropout:
                 generator = _generator(-1, passes[0])

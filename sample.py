@@ -93,7 +93,7 @@ class MusicGen:
         """What `generate` gives as it is made: an iterator of waves (B, C, l), `chunk` seconds each.
 
         The last one is shorter. A wave is made when it is asked for, in memory that does not grow; several
-        iterators of a model do not meet, and one that is closed or forgotten leaves nothing behind.
+        iterators of a model do not interfere, and one that is closed or forgotten leaves nothing behind.
         """
         if not 0 < chunk <= self.MAX_DURATION:
             raise UserError(f"chunk {chunk} s: must be more than 0 and at most {self.MAX_DURATION:.0f} s")

@@ -56,7 +56,7 @@ def cosine_lr(update, total, warmup, lr_min_ratio=0.0, cycle_length=1.0):
 class DAdaptAdam(torch.optim.Optimizer):
     """Adam that finds its own learning rate (D-Adaptation, arXiv 2301.07733): MusicGen was trained with it.
 
-    The right learning rate is about the largest distance that any weight has to go. That is unknown: `d` is
+    The right learning rate is about the distance that a weight has to go. That is unknown: `d` is
     an estimate of it, the largest that the gradients g gave so far. lr is only a factor on d, so lr = 1 is
     right. With lam = d * lr:
 
@@ -66,8 +66,8 @@ class DAdaptAdam(torch.optim.Optimizer):
         d <- max(d, min(d_hat, growth_rate d))     d_hat = (sum(s^2 / a) / (1 - b2) - r) / sum|s|
 
     The numerator of d_hat is the square of a sum of gradients without their single squares: large while they
-    agree, so that there is far to go. The paper's bound has a 2 below the line; this d can pass the distance
-    by a few times (docs/training.md: proof, example). d starts at 1e-6, grows within about a hundred updates,
+    agree, so that there is far to go. The paper's bound has a 2 below the line; this d can exceed the
+    distance a few times over (docs/training.md: proof, example). d starts at 1e-6, grows during the warm-up,
     and never falls: lower lr if the loss rises. It is audiocraft's; `dadaptation` 3.x has another.
     """
 
@@ -290,7 +290,7 @@ class LMTraining:
 
     @torch.no_grad()
     def validate(self):
-        """Cross-entropy of held-out segments with their text and another track's melody; own_: their own."""
+        """Cross-entropy of held-out segments, their text and another track's melody; own_: with their own."""
         config, sums = self.config, 0
         for n in range(config.valid_batches):
             batch = get_batch(self.valid_data, config, n, split="valid", rank=self.rank, world=self.world)

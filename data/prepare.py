@@ -331,7 +331,7 @@ def report_captions(tracks: list[Track], config: Config):
     words = Counter(unknown_words(config, [track.meta.get("description") for track in tracks]))
     if words:
         print(f"words of captions that are not in t5_words, and how often: {most_common(words)}. They share "
-              f"eight entries, by their spelling; a model trained from scratch learns those added there")
+              f"eight entries, by their spelling; a model trained from scratch learns words added there")
 
 
 def most_common(counts: Counter) -> str:

@@ -4,7 +4,7 @@
     batch = get_batch(data, config, update=0)       # codes (B, K, T); conditions: a list of B for each
 
 An item of TokenSegments is {"codes": (K, T), "conditions": {"text": description or None, "melody": chroma
-(M, Q) or None}, "where": the piece of a track it is}, one of AudioCrops {"wav": (C, L), "where": ...}.
+(M, Q) or None}, "where": which piece of a track}, one of AudioCrops {"wav": (C, L), "where": ...}.
 Everything random about item i of update u is drawn from a generator seeded (seed, u, i): neither the number
 of processes nor stopping and resuming changes what a model is trained on.
 
@@ -208,8 +208,8 @@ class TokenSegments:
     def item(self, rng, train: bool) -> dict:
         """A random segment; in training with its conditions augmented and dropped at random.
 
-        Held out, it is never conditioned on itself: its melody is that of another of n_eval_wavs tracks,
-        and its own is beside it as "own_melody".
+        A held-out segment gets the melody of another of n_eval_wavs tracks, never its own, which is beside
+        it as "own_melody".
         """
         track = self.tracks[pick(self.sums, rng)]
         starts = (track["frames"] - self.T) * self.stride // self.grid + 1

@@ -504,7 +504,7 @@ def test_plan_of_the_melody_model():
     for number in ("1,385.6 M", "1,152,000 tokens"):
         assert number in result.out and number in TOUR
     together = re.search(r"together +([\d.]+) GB", result.out)[1]
-    shown = re.findall(r"([\d.]+) GB (?:a\s+process|for each of eight processes)", README + TOUR)
+    shown = re.findall(r"([\d.]+) GB\s+(?:a\s+process|for each of eight processes)", README + TOUR)
     assert len(shown) == 2
     for number in shown:
         assert_figures(number, [float(together)])
