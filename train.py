@@ -290,7 +290,7 @@ class LMTraining:
 
     @torch.no_grad()
     def validate(self):
-        """Cross-entropy of held-out segments, their text and another track's melody; own_: with their own."""
+        """Cross-entropy of held-out segments with another track's melody; own_: with their own."""
         config, sums = self.config, 0
         for n in range(config.valid_batches):
             batch = get_batch(self.valid_data, config, n, split="valid", rank=self.rank, world=self.world)
