@@ -372,11 +372,11 @@ def five_patterns():
 
 
 def melody():
-    """From a recording to the chroma of it: the first test clip with drums and bass, these made 14 dB louder.
+    """From a recording to the chroma of it: the first test clip with drums and bass, these made 10 dB louder.
     (As they are, the melody of most clips is loud enough to win the argmax unseparated.)"""
     both = (n for n in range(100) if clip(n)[3]["drums"] and clip(n)[3]["bass"])
     mix, alone, caption, _ = clip(next(both))
-    mix, alone = (alone + 5 * (mix - alone))[:8 * RATE], alone[:8 * RATE]
+    mix, alone = (alone + 3 * (mix - alone))[:8 * RATE], alone[:8 * RATE]
     stem, truth = separate(mix[None], RATE, "hpss")[0], chroma(alone, argmax=True)
     before, after = agreement(chroma(mix), truth), agreement(chroma(stem), truth)
     fig, axes = figure(11, 8, 5, 1, sharex=True, height_ratios=(1, 1.5, 1.5, 1.5, 1.5))
@@ -387,7 +387,7 @@ def melody():
     draw_chroma(axes[3], chroma(stem, argmax=True), 8, "after argmax: what the model gets")
     draw_chroma(axes[4], truth, 8, "the same of the melody alone")
     axes[4].set_xlabel("seconds")
-    save(fig, "chroma")
+    save(fig, "chroma", 32, 100)
 
 
 def residual():
@@ -576,20 +576,21 @@ def dadaptation():
     left.semilogy(x, [line["d_lr"] for line in lines], color=BOOKS[2], linewidth=1.5,
                   label="d_lr, d times the schedule: the step size")
     left.set(xlabel="update", title=f"d grows from 1e-6 to {d[-1]:.1e}, and never falls")
-    left.legend(loc="lower right")
+    left.legend(loc="lower center")
     right.plot(x, [line["loss"] for line in lines], color=BOOKS[3], linewidth=1.5)
     right.set(xlabel="update", title="cross-entropy meanwhile, nats")
-    save(fig, "dadaptation")
+    save(fig, "dadaptation", 24, 110)
 
 
 def short_run(folder) -> list[dict]:
     """400 updates of a small language model with D-Adaptation -> the lines of its metrics.jsonl."""
     tunes.main(["--out", f"{folder}/tunes", "--clips", "0", "2", "0", "--workers", "1"])
     codec_folder = str(DEFAULT_CHECKPOINT / "codec")
-    prepare.main([f"{folder}/tunes/valid", "--out", f"{folder}/prepared/train", "--codec", codec_folder,
-                  "--radix2_exp", "13", "--stem", "none"])
+    config = str(ROOT / "config" / "tiny.py")
+    prepare.main([f"{folder}/tunes/valid/songs", "--out", f"{folder}/prepared/train", "--config", config,
+                  "--codec", codec_folder, "--stem", "none"])
     train.train(load([
-        str(ROOT / "config" / "tiny.py"), f"--codec={codec_folder}", f"--data_dir={folder}/prepared",
+        config, f"--codec={codec_folder}", f"--data_dir={folder}/prepared",
         f"--out_dir={folder}/run", "--optim=dadam", "--lr=1", "--weight_decay=0.1", "--dim=128",
         "--num_layers=3", "--segment_duration=1.28", "--batch_size=4", "--epochs=1",
         "--updates_per_epoch=400", "--warmup=50", "--log_every=2", "--valid_every=0", "--save_every=0",
@@ -635,7 +636,9 @@ def samples():
 def served():
     """The page of `python sample.py --serve` after a take, in a browser."""
     sys.path.append(str(ROOT / "tests"))
-    from browser import Browser
+    from browser import CHROMIUM, Browser
+    if CHROMIUM is None:
+        raise UserError("the picture `serve` needs Chromium or Chrome; install it, or name other pictures")
     from tools.server import open_server
     ready = "document.getElementById('status').textContent.endsWith(%r)"
     loading = {"checkpoint": str(DEFAULT_CHECKPOINT)}

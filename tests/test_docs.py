@@ -13,6 +13,7 @@ from unittest.mock import create_autospec
 
 import pytest
 
+import browser
 import chroma
 import conditioners
 import lm
@@ -544,3 +545,13 @@ def test_mistakes_about_pictures(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         pictures().main(["patterns"])
+    monkeypatch.setattr(browser, "CHROMIUM", None)
+    with pytest.raises(UserError, match="needs Chromium"):
+        pictures().served()
+
+
+@pytest.mark.slow
+def test_the_short_run_of_a_picture(tmp_path):
+    lines = pictures().short_run(tmp_path)
+    assert lines[0]["d_lr"] < 1e-6 and max(line["d_lr"] for line in lines) > 1e-4
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1
