@@ -23,19 +23,26 @@ COMMANDS = """train data.prepare data.tunes tools.page training.command sampling
     sample""".split()                   # sample.py is MusicGen, too, but only commands may import it
 
 
-def modules() -> dict[str, Path]:
-    """Name -> file of all modules but tests and pictures."""
-    found = {}
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] not in ("tests", "assets", "config", "out") and not parts[0].startswith("."):
-            found[".".join(parts).removesuffix(".__init__")] = path
-    found["config"] = ROOT / "config.py"
-    return found
+def modules(root: Path) -> dict[str, Path]:
+    """Name -> file of all modules but tests and pictures, and what virtual environments hold."""
+    paths = list(root.glob("*.py"))
+    for folder in root.iterdir():
+        ours = folder.name not in ("tests", "assets", "config", "out") and not folder.name.startswith(".")
+        if folder.is_dir() and ours and not (folder / "pyvenv.cfg").exists():
+            paths += folder.rglob("*.py")
+    names = [".".join(path.relative_to(root).with_suffix("").parts) for path in paths]
+    return {name.removesuffix(".__init__"): path for name, path in zip(names, paths)}
 
 
-MODULES = modules()
+MODULES = modules(ROOT)
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def test_a_virtual_environment_is_not_ours(tmp_path):
+    for file in ("lm.py", "data/audio.py", "oldest/pyvenv.cfg", "oldest/lib/torch.py", ".venv/lib/torch.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert modules(tmp_path).keys() == {"lm", "data.audio"}
 
 
 def code_tokens(source: str) -> tuple[int, int]:
