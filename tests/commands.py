@@ -8,6 +8,7 @@ import faulthandler
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -28,7 +29,7 @@ from transformers import AutoTokenizer, T5EncoderModel  # noqa: F401
 
 import encodec
 import train
-from constants import ROOT
+from constants import FOLDERS, ROOT
 from data import prepare
 from encodec import EncodecModel
 from lm import LMModel
@@ -245,12 +246,28 @@ def killed_at(moment: int, folder):
     return before
 
 
+def is_ours(path: str) -> bool:
+    """Whether a file or folder is the project's, which may also hold a virtual environment, data and runs."""
+    if not Path(path).is_relative_to(ROOT):
+        return False
+    parts = Path(path).relative_to(ROOT).parts
+    return len(parts) <= 1 or parts[0] in (*FOLDERS, "tests")
+
+
+def copy_files(paths, folder: Path):
+    """Copies files of the project to the same places in a folder, where they can be written to."""
+    for path in paths:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
 def afresh(argv):
     """Runs a file in the current folder as `python path` does, but for packages, which are loaded already."""
     for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(f"{ROOT}/"):
+        if is_ours(getattr(module, "__file__", None) or ""):
             del sys.modules[name]
-    sys.path[:] = [entry for entry in sys.path if not Path(entry).resolve().is_relative_to(ROOT)]
+    sys.path[:] = [entry for entry in sys.path if not is_ours(os.path.realpath(entry))]
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = "checkpoints data evaluation sampling speed system tools training".split()     # with code
 RATE = 8000     # Hz
 CODEC = dict(sample_rate=RATE, ratios=(5, 4), n_filters=2, dimension=8, lstm=1, n_q=4, card=32)
 LM = dict(CODEC, task="lm", dim=16, num_heads=2, num_layers=1, t5="bytes", t5_dim=8, t5_heads=2, t5_layers=1,

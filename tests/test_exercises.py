@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from commands import afresh, forked
-from constants import ROOT
+from commands import afresh, copy_files, forked
+from constants import FOLDERS, ROOT
 
 MISSING = {     # exercise -> what the check misses in the code as it is
     "1_pattern": "anchor",
@@ -19,17 +19,14 @@ MISSING = {     # exercise -> what the check misses in the code as it is
     "6_loudness": "loudness",
 }
 EXERCISES = ROOT / "tests" / "exercises"
-FOLDERS = "checkpoints config data evaluation sampling speed system training".split()
 
 
 @pytest.fixture()
 def copy(tmp_path):
     """A copy of the code and the exercises."""
-    for pattern in ("*.py", "speed/*.c", "tests/exercises/*.py", *(f"{name}/*.py" for name in FOLDERS)):
-        for file in ROOT.glob(pattern):
-            target = tmp_path / file.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target)
+    folders = [f"{name}/*.py" for name in (*FOLDERS, "config", "tests/exercises")]
+    for pattern in ("*.py", "speed/*.c", *folders):
+        copy_files(ROOT.glob(pattern), tmp_path)
     return tmp_path
 
 

@@ -6,14 +6,13 @@ import ast
 import io
 import json
 import re
-import shutil
 import tokenize
 from pathlib import Path
 
 import pytest
 
-from commands import Result, afresh, forked, worked
-from constants import ROOT, TRAIN, flags
+from commands import Result, afresh, copy_files, forked, is_ours, worked
+from constants import FOLDERS, ROOT, TRAIN, flags
 
 STAGES = "patterns rvq encodec chroma conditioners lm train sample config".split()
 BUDGET = {"train": 430}                 # lines; any other stage has OTHER
@@ -23,26 +22,25 @@ COMMANDS = """train data.prepare data.tunes tools.page training.command sampling
     sample""".split()                   # sample.py is MusicGen, too, but only commands may import it
 
 
-def modules(root: Path) -> dict[str, Path]:
-    """Name -> file of all modules but tests and pictures, and what virtual environments hold."""
-    paths = list(root.glob("*.py"))
-    for folder in root.iterdir():
-        ours = folder.name not in ("tests", "assets", "config", "out") and not folder.name.startswith(".")
-        if folder.is_dir() and ours and not (folder / "pyvenv.cfg").exists():
-            paths += folder.rglob("*.py")
-    names = [".".join(path.relative_to(root).with_suffix("").parts) for path in paths]
-    return {name.removesuffix(".__init__"): path for name, path in zip(names, paths)}
+def modules() -> dict[str, Path]:
+    """Name -> file of all modules but tests and pictures."""
+    found = {}
+    for pattern in ("*.py", *(f"{folder}/**/*.py" for folder in FOLDERS)):
+        for path in ROOT.glob(pattern):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
 
 
-MODULES = modules(ROOT)
+MODULES = modules()
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
-def test_a_virtual_environment_is_not_ours(tmp_path):
-    for file in ("lm.py", "data/audio.py", "oldest/pyvenv.cfg", "oldest/lib/torch.py", ".venv/lib/torch.py"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
-    assert modules(tmp_path).keys() == {"lm", "data.audio"}
+def test_a_virtual_environment_in_the_clone_is_not_ours():
+    ours = "", "/lm.py", "/tests", "/tests/commands.py", "/speed/codec.py"
+    others = "/.venv/lib/python3.11/site-packages", "/env/lib/speed/codec.py", "2", "2/lm.py", "/data2/x.py"
+    assert all(is_ours(f"{ROOT}{path}") for path in ours)
+    assert not any(is_ours(f"{ROOT}{path}") for path in others) and not is_ours("/usr/lib/lm.py")
 
 
 def code_tokens(source: str) -> tuple[int, int]:
@@ -157,7 +155,7 @@ import train, sample, data.prepare, tools.page, evaluation.evaluate
 names = {}
 for name, module in list(sys.modules.items()):
     path = Path(getattr(module, "__file__", None) or "/").resolve()
-    if path.is_relative_to(Path.cwd()) and path.exists():
+    if path.is_relative_to(Path.cwd()) and path.exists() and "site-packages" not in path.parts:
         names.setdefault(path, []).append(name)
 assert all(len(several) == 1 for several in names.values()), names
 """
@@ -225,10 +223,9 @@ RUN = flags(TRAIN, updates_per_epoch=6, save_every=0, log_every=3)
 def bare(tmp_path_factory):
     """The project without what is optional: speed/, evaluation/, tools/, and training of the codec."""
     folder = tmp_path_factory.mktemp("bare")
-    names = [".*", "__pycache__", *OPTIONAL, "tests", "docs", "out"]
-    shutil.copytree(ROOT, folder / "project", ignore=shutil.ignore_patterns(*names))
-    for path in [folder / "project", *(folder / "project").rglob("*")]:
-        path.chmod(path.stat().st_mode | 0o200)     # the checkout may be read-only
+    kept = [f"{name}/*.*" for name in (*FOLDERS, "config") if name not in OPTIONAL]
+    for pattern in ("*.py", *kept, "checkpoints/tiny/**/*.*", "assets/ode_to_joy.wav"):
+        copy_files(ROOT.glob(pattern), folder / "project")
     for name in "codec losses discriminator muon plan samples command".split():
         (folder / "project" / "training" / f"{name}.py").unlink()
     return folder / "project"
